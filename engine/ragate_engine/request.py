@@ -1,0 +1,155 @@
+"""The data of one request: what is asked (`SamplingParams`), what runs (`Request`), what comes back (`Completion`)."""
+
+from __future__ import annotations
+
+import enum
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ragate_engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ragate_engine.grammar import GrammarState
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens. Greedy unless `temperature` is above 0; the same `seed` gives the same tokens."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    schema: str | None = None
+    """A JSON schema, as JSON text, that the output must match."""
+    logprobs: int = 0
+    """Record the log-probabilities of this many likeliest allowed tokens at each step."""
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature must not be negative, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0 or self.logprobs < 0:
+            raise ConfigError("top_k and logprobs must not be negative")
+
+
+@dataclass(frozen=True)
+class TokenInfo:
+    """One token of a completion.
+
+    `start` is its character offset in `Completion.text`; `forced` tokens were the only ones the grammar
+    allowed and were never sampled: they have no `logprob` and no `top`.
+    """
+
+    id: int
+    start: int
+    forced: bool = False
+    logprob: float | None = None
+    """Natural log of the token's probability among all tokens, before any mask."""
+    top: tuple[tuple[str, float], ...] = ()
+    """Likeliest *allowed* tokens as (text, logprob), best first."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The end of a request."""
+
+    text: str
+    tokens: tuple[TokenInfo, ...]
+    finish: str
+    """`stop` (end token, stop string or grammar complete) or `length` (max_tokens or the window reached)."""
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens whose KV came from the prefix cache."""
+
+
+class Status(enum.Enum):
+    """Where a request is. Moves: WAITING -> RUNNING -> (WAITING when preempted | FINISHED)."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """A sequence being computed: `tokens` are wanted, the first `computed` have their KV in blocks.
+
+    There is no prefill and no decode: computed catches up with wanted, and where it does a token is sampled.
+    """
+
+    id: int
+    tokens: list[int]
+    prompt_len: int
+    params: SamplingParams
+    future: Future[Completion]
+    status: Status = Status.WAITING
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    """Chain hash of each full block of `tokens`, as far as it has been worked out."""
+    cached_tokens: int = 0
+    grammar: GrammarState | None = None
+    sampled: list[TokenInfo] = field(default_factory=list)
+    aborted: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> int:
+        """Tokens wanted but not computed."""
+        return len(self.tokens) - self.computed
+
+
+@dataclass(frozen=True)
+class Row:
+    """A request's share of one step: compute tokens [start, start + count)."""
+
+    request: Request
+    start: int
+    count: int
+
+    @property
+    def wants_logits(self) -> bool:
+        """True where the step reaches the last wanted token, so that the next one can be chosen."""
+        return self.start + self.count == len(self.request.tokens)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The rows of one forward pass."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the pass, all requests together."""
+        return sum(row.count for row in self.rows)
+
+
+@dataclass
+class Usage:
+    """Counters since the engine started."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    """Prompt tokens sent."""
+    prompt_tokens_cached: int = 0
+    """Of those, taken from the prefix cache."""
+    tokens_out: int = 0
+    tokens_forced: int = 0
+    """Of those, dictated by the grammar and never sampled."""
+    steps: int = 0
+    rows: int = 0
+    preemptions: int = 0
+    rows_recomputed: int = 0
+    """Rows computed again after a preemption."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time by phase: plan, forward, sample, idle."""
