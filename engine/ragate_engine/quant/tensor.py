@@ -1,0 +1,67 @@
+"""`QuantTensor`: the one form every quantized weight takes, whatever format it was stored in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class QuantTensor:
+    """A weight matrix [out_features, in_features], affine in groups of consecutive weights of a row.
+
+    `w[o, i] = scales[o, i // group] * codes[o, i] + offsets[o, i // group]`, the product rounded to float32
+    before the sum; without `offsets` the codes are signed and the product is all.
+    """
+
+    bits: int
+    """Width of a code as stored: codes lie in [0, 2**bits) with offsets, in [-2**(bits-1), 2**(bits-1)) without."""
+    group: int
+    codes: torch.Tensor
+    """uint8 or int8 [out, in], a byte each."""
+    scales: torch.Tensor
+    """float32 [out, in / group]."""
+    offsets: torch.Tensor | None
+    """float32 [out, in / group], or `None` where it is zero everywhere."""
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        out, width = self.shape
+        if width % self.group:
+            raise ValueError(f"rows of {width} weights do not divide into groups of {self.group}")
+        if tuple(self.codes.shape) != self.shape:
+            raise ValueError(f"codes have shape {tuple(self.codes.shape)}, expected {self.shape}")
+        for scale in (self.scales, self.offsets):
+            if scale is not None and tuple(scale.shape) != (out, width // self.group):
+                raise ValueError(f"scales have shape {tuple(scale.shape)}, expected {(out, width // self.group)}")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes lie."""
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: codes, scales and offsets."""
+        return sum(part.nbytes for part in (self.codes, self.scales, self.offsets) if part is not None)
+
+    def to(self, device: torch.device | str) -> QuantTensor:
+        """The same tensor on `device`."""
+        offsets = None if self.offsets is None else self.offsets.to(device)
+        return QuantTensor(self.bits, self.group, self.codes.to(device), self.scales.to(device), offsets, self.shape)
+
+    def rows(self, index: torch.Tensor | slice) -> QuantTensor:
+        """The rows that `index` picks (a slice, or int64 [n]), in its order: as embedding lookup does."""
+        codes = self.codes[index]
+        offsets = None if self.offsets is None else self.offsets[index]
+        return QuantTensor(self.bits, self.group, codes, self.scales[index], offsets, (codes.shape[0], self.shape[1]))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weights, [out, in]: computed in float32, bit-equal to ggml's reference, then cast to `dtype`."""
+        groups = self.codes.to(torch.float32).view(self.shape[0], -1, self.group)
+        # Two roundings, never a fused multiply-add: that is what the reference decoders do.
+        weights = groups.mul_(self.scales.unsqueeze(-1))
+        if self.offsets is not None:
+            weights = weights.add_(self.offsets.unsqueeze(-1))
+        return weights.view(self.shape).to(dtype)

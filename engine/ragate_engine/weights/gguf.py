@@ -1,0 +1,392 @@
+"""GGUF files: a strict reader of the header, the model configuration in its metadata, and tensors on demand.
+
+The header is parsed here rather than by `gguf.GGUFReader`: that one trusts every count in the file (a corrupt array
+length makes it loop for hours) and takes seconds over a large vocabulary. Constants come from the `gguf` package.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
+
+from ragate_engine.config import ModelConfig, RopeConfig
+from ragate_engine.errors import ConfigError, ModelFileError
+from ragate_engine.quant import formats
+from ragate_engine.weights import names
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ragate_engine.quant.tensor import QuantTensor
+
+T = TypeVar("T")
+Rows = slice | np.ndarray[Any, np.dtype[np.int64]] | None
+
+MAGIC = b"GGUF"
+_SCALARS = {
+    GGUFValueType.UINT8: "B",
+    GGUFValueType.INT8: "b",
+    GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I",
+    GGUFValueType.INT32: "i",
+    GGUFValueType.FLOAT32: "f",
+    GGUFValueType.UINT64: "Q",
+    GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT64: "d",
+    GGUFValueType.BOOL: "?",
+}
+_MAX_DIMS = 4  # GGML_MAX_DIMS
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies in the file: `shape` in torch's order, `offset` from the start of the file."""
+
+    name: str
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """The parsed header of one file."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    """Numbers, booleans and strings as such; arrays as lists."""
+    tensors: Mapping[str, TensorInfo]
+
+
+class _Header:
+    """A cursor over the header that never reads past the end nor believes a count the file cannot hold."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.at = 0
+
+    def number(self, code: str) -> Any:
+        item = struct.Struct("<" + code)
+        (value,) = item.unpack_from(self.data, self.at)
+        self.at += item.size
+        return value
+
+    def count(self, what: str, item_bytes: int) -> int:
+        """A uint64 count of things that take at least `item_bytes` each."""
+        value = int(self.number("Q"))
+        if value * item_bytes > len(self.data) - self.at:
+            raise ValueError(f"its header claims {value} {what}, more than the file can hold")
+        return value
+
+    def string(self) -> str:
+        size = self.count("bytes of text", 1)
+        raw = self.data[self.at : self.at + size]
+        self.at += size
+        return raw.decode("utf-8")
+
+    def value(self, kind: GGUFValueType) -> Any:
+        if kind == GGUFValueType.STRING:
+            return self.string()
+        if kind != GGUFValueType.ARRAY:
+            return self.number(_SCALARS[kind])
+        item = GGUFValueType(self.number("I"))
+        if item == GGUFValueType.ARRAY:
+            raise ValueError("its metadata has an array of arrays, which no known model uses")
+        if item == GGUFValueType.STRING:
+            return [self.string() for _ in range(self.count("strings", 8))]
+        packed = struct.Struct("<" + _SCALARS[item])
+        size = self.count("array items", packed.size) * packed.size
+        found = [value for (value,) in packed.iter_unpack(self.data[self.at : self.at + size])]
+        self.at += size
+        return found
+
+
+def read_header(path: Path) -> GGUFFile:
+    """Metadata and tensor table of a GGUF file, version 2 or 3, every extent checked against the file's size.
+
+    Raises ModelFileError, one sentence that names the file, for anything else.
+    """
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _parse(path, _Header(data))
+    except struct.error:
+        raise ModelFileError(f"{path} is cut short inside its header: fetch it again") from None
+    except UnicodeDecodeError:
+        raise ModelFileError(f"{path} has text in its header that is not UTF-8: fetch it again") from None
+    except (ValueError, KeyError, OverflowError) as error:
+        raise ModelFileError(f"{path} is not a usable GGUF file: {error}: fetch it again") from None
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _parse(path: Path, header: _Header) -> GGUFFile:
+    if header.data[:4] != MAGIC:
+        raise ValueError("it does not begin with the bytes GGUF")
+    header.at = 4
+    version = header.number("I")
+    if version not in (2, 3):
+        raise ValueError(f"version {version} is not 2 or 3 (little-endian)")
+    tensor_count = header.count("tensors", 24)
+    metadata: dict[str, Any] = {}
+    for _ in range(header.count("metadata entries", 13)):
+        key = header.string()
+        if key in metadata:
+            raise ValueError(f"metadata key {key!r} appears twice")
+        metadata[key] = header.value(GGUFValueType(header.number("I")))
+    infos = [_tensor_info(header) for _ in range(tensor_count)]
+
+    align = metadata.get("general.alignment", 32)
+    if not isinstance(align, int) or align < 1 or align & (align - 1):
+        raise ValueError(f"alignment {align!r} is not a power of two")
+    start = -(-header.at // align) * align
+    tensors: dict[str, TensorInfo] = {}
+    for info in infos:
+        if info.name in tensors:
+            raise ValueError(f"tensor {info.name!r} appears twice")
+        if info.offset % align:
+            raise ValueError(f"tensor {info.name!r} begins at {info.offset}, off the alignment of {align}")
+        offset = start + info.offset
+        if offset + info.nbytes > len(header.data):
+            raise ValueError(f"tensor {info.name!r} ends at byte {offset + info.nbytes} of {len(header.data)}")
+        tensors[info.name] = TensorInfo(info.name, info.kind, info.shape, offset, info.nbytes)
+    return GGUFFile(path, metadata, tensors)
+
+
+def _tensor_info(header: _Header) -> TensorInfo:
+    """The next row of the tensor table; its offset still counts from the start of the data."""
+    name = header.string()
+    dims = header.number("I")
+    if dims > _MAX_DIMS:
+        raise ValueError(f"tensor {name!r} has {dims} dimensions")
+    shape = tuple(header.number("Q") for _ in range(dims))[::-1]
+    code = header.number("I")
+    offset = header.number("Q")
+    try:
+        kind = GGMLQuantizationType(code)
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+    except (ValueError, KeyError):
+        raise ValueError(f"tensor {name!r} has the unknown type {code}") from None
+    if not shape or min(shape) < 1 or shape[-1] % block:
+        raise ValueError(f"tensor {name!r} of type {kind.name} has the impossible shape {list(shape)}")
+    return TensorInfo(name, kind, shape, offset, math.prod(shape) // block * block_bytes)
+
+
+def read_tensor(file: GGUFFile, info: TensorInfo, rows: Rows = None) -> QuantTensor | torch.Tensor:
+    """A tensor: dense ones as stored, quantized ones as `QuantTensor`; `rows` picks and orders its rows."""
+    if info.kind not in formats.SUPPORTED:
+        readable = ", ".join(kind.name for kind in formats.SUPPORTED)
+        raise ModelFileError(
+            f"{file.path}: tensor {info.name} has type {info.kind.name}, which this engine cannot read: take a file "
+            f"quantized as Q4_K_M, Q8_0 or another of {readable}"
+        )
+    try:
+        with open(file.path, "rb") as stream:
+            stream.seek(info.offset)
+            data = np.fromfile(stream, np.uint8, info.nbytes)
+    except OSError as error:
+        raise ModelFileError(f"{file.path} cannot be read: {error.strerror or error}") from None
+    if data.size != info.nbytes:
+        raise ModelFileError(f"{file.path} became shorter while it was read: fetch it again")
+    if len(info.shape) == 1:
+        if info.kind not in formats.DENSE:
+            raise ModelFileError(f"{file.path}: tensor {info.name} is a vector of type {info.kind.name}, not a matrix")
+        data = data.reshape(info.shape[0], -1)
+    else:
+        data = data.reshape(info.shape[0], -1)
+    if rows is not None:
+        data = np.ascontiguousarray(data[rows])
+    decoded = formats.decode(info.kind, data)
+    return decoded.reshape(-1) if len(info.shape) == 1 and isinstance(decoded, torch.Tensor) else decoded
+
+
+# --- the model configuration --------------------------------------------------------------------------------------
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+"""Values of `general.architecture` that the decoder serves (Mistral and SmolLM files say llama)."""
+
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_len": 8192}
+
+
+class _Metadata:
+    """Typed access to the metadata of one architecture."""
+
+    def __init__(self, file: GGUFFile, arch: str) -> None:
+        self.file = file
+        self.arch = arch
+
+    def get(self, key: str, kind: type[T]) -> T | None:
+        """The value of `<arch>.<key>`, or `None` where the file has none."""
+        full = f"{self.arch}.{key}"
+        value = self.file.metadata.get(full)
+        if kind is int and isinstance(value, list) and value and len(set(value)) == 1:
+            value = value[0]  # a number per layer, all alike
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if value is None or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
+            return cast("T | None", value)
+        raise ModelFileError(f"{self.file.path}: metadata {full} is {str(value)[:40]!r}, expected {kind.__name__}")
+
+    def need(self, key: str, kind: type[T]) -> T:
+        """The value of `<arch>.<key>`; ModelFileError where the file has none."""
+        value = self.get(key, kind)
+        if value is None:
+            raise ModelFileError(f"{self.file.path}: metadata {self.arch}.{key} is missing: fetch or convert it again")
+        return value
+
+
+def model_config(file: GGUFFile) -> ModelConfig:
+    """The decoder that the metadata describes. Raises ModelFileError for an architecture we do not serve."""
+    arch = file.metadata.get("general.architecture")
+    if arch not in ARCHITECTURES:
+        raise ModelFileError(
+            f"{file.path} holds a model of architecture {str(arch)[:40]!r}, which this engine does not serve: "
+            f"it serves {', '.join(ARCHITECTURES)}"
+        )
+    meta = _Metadata(file, arch)
+    if meta.get("expert_count", int):
+        raise ModelFileError(f"{file.path} is a mixture of experts, which this engine does not serve: take a dense one")
+    parts = file.metadata.get("split.count", 1)
+    if parts != 1:
+        raise ModelFileError(f"{file.path} is one of {parts} parts: join them with `llama-gguf-split --merge`")
+    embed = file.tensors.get("token_embd.weight")
+    if embed is None or len(embed.shape) != 2:
+        raise ModelFileError(f"{file.path} has no matrix token_embd.weight: it is not a whole language model")
+
+    gemma = arch in ("gemma2", "gemma3")
+    hidden, layers, heads = (
+        meta.need("embedding_length", int),
+        meta.need("block_count", int),
+        meta.need("attention.head_count", int),
+    )
+    if min(hidden, layers, heads) < 1 or layers > len(file.tensors):
+        raise ModelFileError(f"{file.path}: {layers} layers, width {hidden}, {heads} heads cannot be: fetch it again")
+    head_dim = meta.get("attention.key_length", int) or hidden // heads
+    window = meta.get("attention.sliding_window", int) or None
+    # 27B models scale by the mean head width, not by their own: llama.cpp tells them by their depth, so do we.
+    wide = (arch, layers) in (("gemma2", 46), ("gemma3", 62))
+    try:
+        return ModelConfig(
+            arch=arch,
+            vocab_size=embed.shape[0],
+            hidden_size=hidden,
+            intermediate_size=meta.need("feed_forward_length", int),
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=meta.get("attention.head_count_kv", int) or heads,
+            head_dim=head_dim,
+            max_len=meta.need("context_length", int),
+            norm_eps=meta.need("attention.layer_norm_rms_epsilon", float),
+            rope=_rope(meta, head_dim),
+            local_rope=RopeConfig(theta=meta.get("rope.freq_base_swa", float) or 10_000.0) if arch == "gemma3" else None,
+            tie_embeddings="output.weight" not in file.tensors,
+            qkv_bias="blk.0.attn_q.bias" in file.tensors,
+            qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
+            sandwich_norm=gemma,
+            activation="gelu_tanh" if gemma else "silu",
+            embed_scale=math.sqrt(hidden) if gemma else 1.0,
+            attn_scale=((hidden // heads if wide else head_dim) ** -0.5) if gemma else None,
+            window=window,
+            window_layers=_window_layers(arch, layers) if window and gemma else (),
+            attn_soft_cap=meta.get("attn_logit_softcapping", float) or (50.0 if arch == "gemma2" else None),
+            logit_soft_cap=meta.get("final_logit_softcapping", float) or (30.0 if arch == "gemma2" else None),
+        )
+    except ConfigError as error:
+        raise ModelFileError(f"{file.path}: {error}") from None
+
+
+def _window_layers(arch: str, layers: int) -> tuple[bool, ...]:
+    """Gemma 2 slides every other layer from the first; Gemma 3 all but each sixth."""
+    period = 2 if arch == "gemma2" else 6
+    return tuple((i + 1) % period != 0 for i in range(layers))
+
+
+def _rope(meta: _Metadata, head_dim: int) -> RopeConfig:
+    theta = meta.get("rope.freq_base", float) or 10_000.0
+    partial_share = (meta.get("rope.dimension_count", int) or head_dim) / head_dim
+    kind = meta.get("rope.scaling.type", str) or "none"
+    if any(name.startswith("rope_factors_") for name in meta.file.tensors) or kind not in ("none", "linear"):
+        raise ModelFileError(
+            f"{meta.file.path} scales its rope by {kind if kind != 'none' else 'longrope'}, which this engine does not "
+            "know: take the model's short-context version"
+        )
+    if kind == "linear":
+        return RopeConfig(theta, "linear", factor=meta.need("rope.scaling.factor", float), partial=partial_share)
+    if "rope_freqs.weight" in meta.file.tensors:
+        return _llama3_rope(meta, theta, head_dim)
+    return RopeConfig(theta, partial=partial_share)
+
+
+def _llama3_rope(meta: _Metadata, theta: float, head_dim: int) -> RopeConfig:
+    """Llama 3.1 files store only the resulting divisor of each frequency: find the parameters that give them."""
+    raise NotImplementedError
+
+
+def row_order(heads: int, head_dim: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Rows of a llama q or k matrix in Hugging Face's order.
+
+    llama.cpp's converter interleaves the two halves of each head, for its pairwise rope; this undoes it, so that one
+    rotate-half rope serves every architecture.
+    """
+    return np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def tensors(file: GGUFFile, config: ModelConfig) -> dict[str, Callable[[], QuantTensor | torch.Tensor]]:
+    """A loader for each tensor by canonical name. Raises ModelFileError where names or shapes do not fit `config`."""
+    wanted = names.expected(config)
+    loaders: dict[str, Callable[[], QuantTensor | torch.Tensor]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for info in file.tensors.values():
+        if info.name.startswith("rope_"):
+            continue
+        name = names.from_gguf(info.name)
+        if name is None:
+            raise ModelFileError(f"{file.path}: tensor {info.name} is not part of a {config.arch} decoder we know")
+        prefix, _, leaf = name.rpartition(".")
+        if leaf == "up" and f"{prefix}.gate" in wanted and info.name.replace("ffn_up", "ffn_gate") not in file.tensors:
+            leaf = "gate_up"  # Phi-3 stacks the gate on top
+        if leaf in ("qkv", "gate_up"):
+            for part, rows in names.fused_parts(leaf, config).items():
+                loaders[f"{prefix}.{part}"] = partial(read_tensor, file, info, rows)
+                shapes[f"{prefix}.{part}"] = (len(range(info.shape[0])[rows]), *info.shape[1:])
+            continue
+        order: Rows = None
+        if config.arch == "llama" and leaf in ("q", "q_bias", "k", "k_bias") and info.shape == wanted.get(name):
+            heads = config.num_heads if leaf.startswith("q") else config.num_kv_heads
+            order = row_order(heads, config.head_dim)
+        loaders[name] = partial(read_tensor, file, info, order)
+        shapes[name] = info.shape
+    check(file.path, shapes, wanted)
+    return loaders
+
+
+def check(path: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ModelFileError unless `found` is exactly the tensors that are `wanted`."""
+    for name, shape in wanted.items():
+        if name not in found:
+            raise ModelFileError(f"{path} lacks the tensor {name}: fetch or convert it again")
+        if found[name] != shape:
+            raise ModelFileError(f"{path}: tensor {name} has shape {list(found[name])}, expected {list(shape)}")
+    for name in found:
+        if name not in wanted:
+            raise ModelFileError(f"{path} has a tensor {name}, which its configuration has no place for")
+
+
+def quantization(file: GGUFFile) -> str:
+    """The name of the file's recipe, such as Q4_K_M; where it states none, that of its commonest matrix type."""
+    try:
+        return LlamaFileType(file.metadata["general.file_type"]).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    except (KeyError, ValueError):
+        kinds = [info.kind.name for info in file.tensors.values() if len(info.shape) > 1]
+        return max(sorted(set(kinds)), key=kinds.count)
