@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import enum
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ragate_engine.errors import ConfigError
 
@@ -97,10 +98,14 @@ class Request:
     hashes: list[bytes] = field(default_factory=list)
     """Chain hash of each full block of `tokens`, as far as it has been worked out."""
     cached_tokens: int = 0
+    preempted: bool = False
+    rows_lost: int = 0
+    """Rows that were computed when it was last preempted."""
     grammar: GrammarState | None = None
-    sampled: list[TokenInfo] = field(default_factory=list)
-    aborted: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
+    output: list[TokenInfo] = field(default_factory=list)
+    text: str = ""
+    decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+    """Turns the bytes of output tokens into `text`; holds back half a character."""
 
     @property
     def missing(self) -> int:

@@ -1,0 +1,327 @@
+"""`Engine`: the loop in its own thread. Requests go in as futures; plan, forward, choose, settle; completions come out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from ragate_engine import sampling
+from ragate_engine.blocks import BlockPool
+from ragate_engine.config import EngineConfig
+from ragate_engine.errors import DeviceError, EngineClosedError, EngineError, GrammarError
+from ragate_engine.grammar import Grammars
+from ragate_engine.request import Completion, Request, Row, SamplingParams, Status, TokenInfo, Usage
+from ragate_engine.runner import Runner
+from ragate_engine.scheduler import Scheduler
+from ragate_engine.weights import Checkpoint, open_checkpoint
+from ragate_engine.weights.tokenizer import Tokenizer
+
+VERSION = "1"
+"""Raised when a change may alter output bits: it is part of the fingerprint."""
+
+
+class Engine:
+    """A model, served. Thread-safe: submit from anywhere; one thread of its own runs the model.
+
+    The tokens and logprobs of a request depend on its prompt and parameters alone, never on its neighbours, on
+    `EngineConfig.max_batch`, on chunking or on the state of the prefix cache.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: EngineConfig | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self.config = config or EngineConfig()
+        started = time.perf_counter()
+        self._checkpoint = checkpoint
+        self._runner = Runner(checkpoint, self.config, progress)
+        self._usage = Usage(seconds={"load": time.perf_counter() - started, "plan": 0.0, "forward": 0.0, "choose": 0.0})
+        pool = BlockPool(self._runner.kv.num_blocks, self.config.prefix_cache)
+        self._scheduler = Scheduler(pool, self.config.max_batch, self.config.max_step_tokens, self._usage)
+        self._grammars = Grammars(checkpoint.tokenizer, self._runner.vocab_size) if checkpoint.tokenizer else None
+        self._next_id = 0
+        self._inbox: list[Request] = []
+        self._wake = threading.Condition()
+        self._closing = False
+        self._failure: EngineError | None = None
+        self._thread = threading.Thread(target=self._loop, name="ragate-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        config: EngineConfig | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Engine:
+        """Open a GGUF file or a Hugging Face folder and start serving it; `progress(done, total)` counts layers.
+
+        Raises ModelFileError, ConfigError, DeviceError or OutOfMemoryError, each with one sentence.
+        """
+        return cls(open_checkpoint(path), config, progress)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises EngineError where the model came without one."""
+        if self._checkpoint.tokenizer is None:
+            raise EngineError("this model has no tokenizer: put tokenizer.json beside its weights")
+        return self._checkpoint.tokenizer
+
+    @property
+    def max_len(self) -> int:
+        """The longest sequence, prompt and answer together, in tokens."""
+        return min(self._runner.max_len, self._runner.kv.num_blocks * 16)
+
+    def chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, rendered by the model's chat template, ready for the assistant's turn."""
+        return self.tokenizer.encode(self.tokenizer.render_chat(messages))
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Future[Completion]:
+        """Queue a prompt of token ids; the future gives its Completion. Cancelling the future aborts the request.
+
+        Raises PromptTooLongError, GrammarError (bad schema) or EngineClosedError at once.
+        """
+        params = params or SamplingParams()
+        if not prompt:
+            raise EngineError("the prompt is empty: send at least one token")
+        if min(prompt) < 0 or max(prompt) >= self._runner.vocab_size:
+            raise EngineError(f"the prompt holds a token id outside [0, {self._runner.vocab_size})")
+        self._runner.check_length(len(prompt))
+        future: Future[Completion] = Future()
+        request = Request(self._next_id, list(prompt), len(prompt), params, future)
+        if params.schema is not None:
+            if self._grammars is None:
+                raise GrammarError("this model has no tokenizer, which a schema needs")
+            request.grammar = self._grammars.start(params.schema)
+        with self._wake:
+            if self._failure is not None:
+                raise self._failure
+            if self._closing:
+                raise EngineClosedError("the engine is closed")
+            self._next_id += 1
+            self._inbox.append(request)
+            self._wake.notify()
+        return future
+
+    def usage(self) -> Usage:
+        """A copy of the counters."""
+        with self._wake:
+            return Usage(**{**vars(self._usage), "seconds": dict(self._usage.seconds)})
+
+    def describe(self) -> dict[str, str]:
+        """What decides the output bits, field by field, for a fingerprint."""
+        return {
+            "engine": VERSION,
+            "backend": self._runner.backend,
+            "dtype": str(self._runner.dtype).removeprefix("torch."),
+            "arch": self._checkpoint.config.arch,
+            "weights": self._checkpoint.identity,
+            "quantization": self._checkpoint.quantization,
+            "tokenizer": self._checkpoint.tokenizer.identity if self._checkpoint.tokenizer else "none",
+        }
+
+    def check(self) -> None:
+        """Assert the invariants of pool and scheduler; call it when idle."""
+        self._scheduler.check()
+
+    def close(self) -> None:
+        """Stop the loop; requests that are not done get EngineClosedError. Safe to call twice."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- the loop, in the engine's own thread ----
+
+    def _loop(self) -> None:
+        try:
+            while self._take_inbox():
+                self._step()
+            self._fail_all(EngineClosedError("the engine was closed before this request was done"))
+        except Exception as e:
+            error = e if isinstance(e, EngineError) else DeviceError(f"the engine stopped: {type(e).__name__}: {e}")
+            error.__cause__ = e if error is not e else None
+            with self._wake:
+                self._failure = error
+            self._fail_all(error)
+
+    def _take_inbox(self) -> bool:
+        """Wait for work, move new requests to the scheduler, drop cancelled ones; False when closing."""
+        with self._wake:
+            while not (self._inbox or self._closing or self._scheduler.running or self._scheduler.waiting):
+                self._wake.wait()
+            arrived, self._inbox = self._inbox, []
+            if self._closing:
+                for request in arrived:
+                    self._scheduler.add(request)
+                return False
+        for request in arrived:
+            self._usage.requests += 1
+            self._usage.prompt_tokens += request.prompt_len
+            self._scheduler.add(request)
+            if request.grammar is not None:
+                self._extend(request, request.grammar.forced(), forced=True)
+        for request in [*self._scheduler.running, *self._scheduler.waiting]:
+            if request.future.cancelled():
+                self._scheduler.finish(request)
+        return True
+
+    def _step(self) -> None:
+        clock = time.perf_counter
+        t0 = clock()
+        plan = self._scheduler.plan()
+        t1 = clock()
+        self._usage.seconds["plan"] += t1 - t0
+        if not plan.rows:
+            return
+        rows, logits = self._runner.forward(plan)
+        self._scheduler.settle(plan)
+        t2 = clock()
+        if rows:
+            self._choose(rows, logits)
+        self._usage.steps += 1
+        self._usage.rows += plan.tokens
+        self._usage.seconds["forward"] += t2 - t1
+        self._usage.seconds["choose"] += clock() - t2
+
+    def _choose(self, rows: list[Row], logits: torch.Tensor) -> None:
+        """Pick the next token of each row's request, and end the requests that are complete."""
+        words = -(-self._runner.vocab_size // 32)
+        masks = np.full((len(rows), words), -1, np.int32)
+        for i, row in enumerate(rows):
+            if row.request.grammar is not None:
+                row.request.grammar.fill_mask(masks[i])
+        picked, lse = self._runner.kernels.pick(logits, torch.from_numpy(masks).to(logits.device))
+        ids, sums = picked.tolist(), lse.tolist()
+        for i, row in enumerate(rows):
+            request, params = row.request, row.request.params
+            token = ids[i]
+            if token < 0:
+                self._fail(request, GrammarError("the grammar allows no token here"))
+                continue
+            sampled = params.temperature > 0
+            values = logits[i].cpu().numpy() if sampled or params.logprobs else None
+            allowed = None
+            if values is not None and request.grammar is not None:
+                allowed = sampling.allowed_tokens(masks[i], len(values))
+            if sampled and values is not None:
+                everything = np.ones(len(values), np.bool_) if allowed is None else allowed
+                token = sampling.sample(values, everything, params, len(request.tokens))
+            logprob, top = None, ()
+            if params.logprobs and values is not None:
+                logprob = float(values[token]) - sums[i]
+                top = tuple(
+                    (self._token_text(int(t)), float(values[t]) - sums[i])
+                    for t in sampling.likeliest(values, allowed, params.logprobs)
+                )
+            self._accept(request, token, logprob, top)
+
+    def _token_text(self, token: int) -> str:
+        return self._checkpoint.tokenizer.token_bytes(token).decode("utf-8", "replace") if self._checkpoint.tokenizer else ""
+
+    def _accept(
+        self, request: Request, token: int, logprob: float | None, top: tuple[tuple[str, float], ...]
+    ) -> None:
+        """Take a chosen token: end the request, or want it (and what the grammar forces after it) computed."""
+        tokenizer = self._checkpoint.tokenizer
+        ends = tokenizer is not None and token in tokenizer.eos_ids and not request.params.ignore_eos
+        try:
+            if request.grammar is not None and not request.grammar.complete:
+                request.grammar.consume(token)
+            if ends:
+                self._complete(request, "stop")
+                return
+            self._extend(request, [token], logprob=logprob, top=top)
+            if request.status is Status.FINISHED:
+                return
+            if request.grammar is not None:
+                self._extend(request, request.grammar.forced(), forced=True)
+                if request.status is not Status.FINISHED and request.grammar.complete:
+                    self._complete(request, "stop")
+        except GrammarError as e:
+            self._fail(request, e)
+
+    def _extend(
+        self,
+        request: Request,
+        tokens: list[int],
+        *,
+        forced: bool = False,
+        logprob: float | None = None,
+        top: tuple[tuple[str, float], ...] = (),
+    ) -> None:
+        """Append output tokens, up to a stop string, the token limit or the window."""
+        tokenizer = self._checkpoint.tokenizer
+        for token in tokens:
+            if forced and tokenizer is not None and token in tokenizer.eos_ids:
+                self._complete(request, "stop")
+                return
+            request.tokens.append(token)
+            request.output.append(TokenInfo(token, len(request.text), forced, logprob, top))
+            self._usage.tokens_out += 1
+            self._usage.tokens_forced += forced
+            if tokenizer is not None:
+                request.text += request.decoder.decode(tokenizer.token_bytes(token))
+            for stop in request.params.stop:
+                at = request.text.find(stop)
+                if at >= 0:
+                    request.text = request.text[:at]
+                    self._complete(request, "stop")
+                    return
+            complete = request.grammar is not None and request.grammar.complete and token == tokens[-1]
+            if not complete and (
+                len(request.output) >= request.params.max_tokens or len(request.tokens) >= self.max_len
+            ):
+                self._complete(request, "length")
+                return
+
+    def _complete(self, request: Request, finish: str) -> None:
+        request.text += request.decoder.decode(b"", final=True)
+        self._retire(request)
+        completion = Completion(
+            request.text, tuple(request.output), finish, request.prompt_len, request.cached_tokens
+        )
+        if request.future.set_running_or_notify_cancel():
+            request.future.set_result(completion)
+
+    def _fail(self, request: Request, error: EngineError) -> None:
+        self._retire(request)
+        if request.future.set_running_or_notify_cancel():
+            request.future.set_exception(error)
+
+    def _retire(self, request: Request) -> None:
+        if request.status is not Status.FINISHED:
+            self._scheduler.finish(request)
+
+    def _fail_all(self, error: EngineError) -> None:
+        with self._wake:
+            for request in self._inbox:
+                self._scheduler.add(request)
+            self._inbox = []
+        for request in [*self._scheduler.running, *self._scheduler.waiting]:
+            self._fail(request, error)
+
+
+def generate(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, **kwargs: Any) -> list[Completion]:
+    """Complete all `prompts` at once and wait: a convenience for scripts and tests."""
+    futures = [engine.submit(prompt, params) for prompt in prompts]
+    return [future.result(**kwargs) for future in futures]

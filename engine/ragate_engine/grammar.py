@@ -1,0 +1,80 @@
+"""JSON schema -> which tokens may come next, and which must: llguidance behind two small classes."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import TYPE_CHECKING
+
+import llguidance
+import numpy as np
+from llguidance.numpy import fill_next_token_bitmask
+
+from ragate_engine.errors import GrammarError
+
+if TYPE_CHECKING:
+    from ragate_engine.weights.tokenizer import Tokenizer
+
+
+class Grammars:
+    """Compiles schemas for one tokenizer. Output is compact JSON; properties come in the schema's order."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self.words = -(-vocab_size // 32)
+        eos = sorted(tokenizer.eos_ids)
+        self._tokenizer = llguidance.LLTokenizer(
+            tokenizer.hf.to_str(), n_vocab=vocab_size, eos_token=eos if len(eos) > 1 else eos[0]
+        )
+        self._compile = functools.lru_cache(maxsize=4096)(self._compile_schema)
+
+    def _compile_schema(self, schema: str) -> str:
+        try:
+            json.loads(schema)
+            grammar: str = llguidance.LLMatcher.grammar_from_json_schema(
+                schema, defaults={"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+            )
+        except ValueError as e:
+            raise GrammarError(f"the schema is not JSON or not a JSON schema: {e}") from None
+        problem = llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer)
+        if problem:
+            raise GrammarError(f"the schema cannot be compiled to a grammar: {problem.strip().splitlines()[0]}")
+        return grammar
+
+    def start(self, schema: str) -> GrammarState:
+        """A fresh state for one output. Raises GrammarError where the schema cannot be compiled."""
+        return GrammarState(llguidance.LLMatcher(self._tokenizer, self._compile(schema)), self.words)
+
+
+class GrammarState:
+    """Where one output stands in its grammar."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, words: int) -> None:
+        self._matcher = matcher
+        self._words = words
+        self._raise_on_error()
+
+    def _raise_on_error(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarError(f"the grammar failed: {self._matcher.get_error()}")
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing may follow."""
+        return bool(self._matcher.is_stopped())
+
+    def forced(self) -> list[int]:
+        """Tokens that must come next (consumed by this call); empty where there is a choice."""
+        tokens: list[int] = [] if self.complete else list(self._matcher.compute_ff_tokens())
+        if tokens and not self._matcher.consume_tokens(tokens):
+            self._raise_on_error()
+        return tokens
+
+    def fill_mask(self, row: np.ndarray) -> None:
+        """Write the allowed tokens into `row`, int32 [ceil(vocab / 32)], bit i of word w for token 32 w + i."""
+        fill_next_token_bitmask(self._matcher, row.reshape(1, self._words), 0)
+
+    def consume(self, token: int) -> None:
+        """Advance by a sampled token."""
+        if not self._matcher.consume_token(token):
+            self._raise_on_error()
+            raise GrammarError(f"token {token} is not allowed here")

@@ -1,0 +1,89 @@
+"""The parts of a decoder that hold weights: linear, embedding, rope tables; each a thin skin over the kernels."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from ragate_engine.config import RopeConfig
+from ragate_engine.quant.tensor import QuantTensor
+
+Weight = torch.Tensor | QuantTensor
+
+
+def dense(weight: Weight, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`weight` as a plain tensor of `dtype` on `device`."""
+    if isinstance(weight, QuantTensor):
+        return weight.to(device).dequantize(dtype)
+    return weight.to(device=device, dtype=dtype)
+
+
+class Linear:
+    """One or more weights [out_i, in] stacked into one product: q, k and v, or gate and up, are read once."""
+
+    def __init__(
+        self,
+        weights: list[Weight],
+        biases: list[torch.Tensor],
+        kernels: ModuleType,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        stacked = torch.cat([dense(w, dtype, device) for w in weights]) if len(weights) > 1 else dense(weights[0], dtype, device)
+        self.packed = kernels.pack_linear(stacked)
+        self.bias = torch.cat([b.to(device=device, dtype=dtype) for b in biases]) if biases else None
+        self.kernels = kernels
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[M, in] -> [M, sum of out]."""
+        y: torch.Tensor = self.kernels.linear(x, self.packed, self.bias)
+        return y
+
+
+class Embedding:
+    """Token embeddings, kept as they were stored: only the rows of a step are dequantized."""
+
+    def __init__(self, weight: Weight, scale: float, dtype: torch.dtype, device: torch.device) -> None:
+        self.scale = scale
+        self.dtype = dtype
+        self.device = device
+        # on a card a dense table is small change; in a CPU's memory it would be the largest tensor
+        self.weight = dense(weight, dtype, device) if device.type == "cuda" else weight
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [M] -> [M, hidden], fresh storage."""
+        if isinstance(self.weight, QuantTensor):
+            h = self.weight.rows(ids).dequantize(self.dtype)
+        else:
+            h = self.weight[ids].to(self.dtype)
+        return h * self.scale if self.scale != 1.0 else h
+
+
+def rope_tables(
+    rope: RopeConfig, head_dim: int, max_len: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, float32 [max_len, rotary_dim / 2], from angles worked out in float64.
+
+    Sources: Su et al. 2021, eq. 34; `linear` Chen et al. 2023; `llama3` as in the Llama 3.1 release.
+    """
+    rotary = int(head_dim * rope.partial)
+    inverse = rope.theta ** -(np.arange(0, rotary, 2, dtype=np.float64) / rotary)
+    if rope.scaling == "linear":
+        inverse = inverse / rope.factor
+    elif rope.scaling == "llama3":
+        wavelength = 2 * math.pi / inverse
+        low = rope.original_max_len / rope.low_freq_factor
+        high = rope.original_max_len / rope.high_freq_factor
+        smooth = (rope.original_max_len / wavelength - rope.low_freq_factor) / (
+            rope.high_freq_factor - rope.low_freq_factor
+        )
+        blended = (1 - smooth) * inverse / rope.factor + smooth * inverse
+        inverse = np.where(wavelength > low, inverse / rope.factor, np.where(wavelength < high, inverse, blended))
+    angles = np.arange(max_len, dtype=np.float64)[:, None] * inverse
+    return (
+        torch.from_numpy(np.cos(angles).astype(np.float32)).to(device),
+        torch.from_numpy(np.sin(angles).astype(np.float32)).to(device),
+    )

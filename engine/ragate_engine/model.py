@@ -1,0 +1,112 @@
+"""`Decoder`: one transformer for every architecture we serve; its switches are fields of `ModelConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+
+from ragate_engine.config import ModelConfig
+from ragate_engine.kernels import HeadShape, StepInputs
+from ragate_engine.kv import KVCache
+from ragate_engine.layers import Embedding, Linear, Weight, dense, rope_tables
+
+Load = Callable[[str], Weight]
+Tables = tuple[torch.Tensor, torch.Tensor]
+
+
+class Layer:
+    """Attention and MLP of one layer, pre-norm, with Gemma's norms behind each where the model has them."""
+
+    def __init__(
+        self,
+        index: int,
+        config: ModelConfig,
+        load: Load,
+        tables: Tables,
+        kernels: ModuleType,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        def weight(name: str) -> Weight:
+            return load(f"layers.{index}.{name}")
+
+        def vector(name: str) -> torch.Tensor:
+            return dense(weight(name), dtype, device).contiguous()
+
+        def linear(*names: str, bias: bool = False) -> Linear:
+            biases = [vector(f"{name}_bias") for name in names] if bias else []
+            return Linear([weight(name) for name in names], biases, kernels, dtype, device)
+
+        self.kernels = kernels
+        self.config = config
+        self.qkv = linear("q", "k", "v", bias=config.qkv_bias)
+        self.o = linear("o")
+        self.gate_up = linear("gate", "up")
+        self.down = linear("down")
+        self.attn_norm, self.mlp_norm = vector("attn_norm"), vector("mlp_norm")
+        self.q_norm = vector("q_norm") if config.qk_norm else None
+        self.k_norm = vector("k_norm") if config.qk_norm else None
+        self.attn_post_norm = vector("attn_post_norm") if config.sandwich_norm else None
+        self.mlp_post_norm = vector("mlp_post_norm") if config.sandwich_norm else None
+        self.cos, self.sin = tables
+        self.window = config.window_of(index)
+        self.scale = config.attn_scale if config.attn_scale is not None else config.head_dim**-0.5
+        self.shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, 2 * tables[0].shape[1])
+
+    def __call__(
+        self, h: torch.Tensor, delta: torch.Tensor | None, step: StepInputs, kv: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """h [M, hidden] is updated in place (it takes in `delta`); returns what the next norm must add to it."""
+        ops, eps = self.kernels, self.config.norm_eps
+        qkv = self.qkv(ops.rms_norm(h, delta, self.attn_norm, eps))
+        ops.rope_write_kv(qkv, self.q_norm, self.k_norm, eps, self.cos, self.sin, step, *kv, self.shape)
+        out = self.o(ops.attention(qkv, *kv, step, self.shape, self.scale, self.window, self.config.attn_soft_cap))
+        if self.attn_post_norm is not None:
+            out = ops.rms_norm(out, None, self.attn_post_norm, eps)
+        gate_up = self.gate_up(ops.rms_norm(h, out, self.mlp_norm, eps))
+        out = self.down(ops.act_mul(gate_up, self.config.activation))
+        if self.mlp_post_norm is not None:
+            out = ops.rms_norm(out, None, self.mlp_post_norm, eps)
+        return out
+
+
+class Decoder:
+    """Embedding, layers, final norm and output head."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        load: Load,
+        kernels: ModuleType,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_len: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self.config = config
+        self.kernels = kernels
+        ropes = {config.rope_of(i) for i in range(config.num_layers)}
+        tables = {rope: rope_tables(rope, config.head_dim, max_len, device) for rope in ropes}
+        self.layers: list[Layer] = []
+        for i in range(config.num_layers):
+            self.layers.append(Layer(i, config, load, tables[config.rope_of(i)], kernels, dtype, device))
+            progress(i + 1, config.num_layers + 1)
+        self.embedding = Embedding(load("embed"), config.embed_scale, dtype, device)
+        self.final_norm = dense(load("final_norm"), dtype, device).contiguous()
+        head = load("embed" if config.tie_embeddings else "lm_head")
+        self.head = Linear([head], [], kernels, dtype, device)
+        progress(config.num_layers + 1, config.num_layers + 1)
+
+    def forward(self, ids: torch.Tensor, step: StepInputs, kv: KVCache, wanted: torch.Tensor) -> torch.Tensor:
+        """ids [M], rows `wanted` [W] of them -> float32 logits [W, vocab]."""
+        h = self.embedding(ids)
+        delta: torch.Tensor | None = None
+        for layer, cache in zip(self.layers, kv.layers, strict=True):
+            delta = layer(h, delta, step, cache)
+        assert delta is not None
+        last = self.kernels.rms_norm(h[wanted], delta[wanted], self.final_norm, self.config.norm_eps)
+        logits = self.head(last).float()
+        cap = self.config.logit_soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
