@@ -1,0 +1,258 @@
+"""`Baseline`: the scores that a run is held against, as a small JSON file in git with one item per line."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AwareDatetime, Field, ValidationError
+
+from ragate.errors import BaselineError
+from ragate.files import write_whole
+from ragate.run import Frozen, fingerprint_id
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from ragate.run import Run
+
+BASELINE_VERSION: Literal[1] = 1
+
+SAME = 1e-9
+"""Scores this close are the same score: ragas' context_precision reaches 0.9999999999 at best."""
+
+Value = Annotated[float, Field(strict=True, ge=0.0, le=1.0, allow_inf_nan=False)]
+Cell = Value | Literal["nan", "error", "timeout", "truncated"]
+"""A score in [0, 1], or the state that stands in its place."""
+
+
+class Baseline(Frozen):
+    """Scores per item and metric, and what made them."""
+
+    version: Literal[1] = BASELINE_VERSION
+    suite: str
+    testset_hash: str
+    date: AwareDatetime
+    commit: str | None = None
+    """Commit of the system that was scored, where it was in a git repository."""
+    judge: str
+    metrics: tuple[str, ...]
+    fingerprint: dict[str, str]
+    items: dict[str, dict[str, Cell]]
+    """Item id -> metric -> score or state, in the order of the test set."""
+
+    @property
+    def fingerprint_id(self) -> str:
+        """First 16 hex digits of the sha256 over the fingerprint's fields, as for a run."""
+        return fingerprint_id(self.fingerprint)
+
+    def values(self, metric: str) -> dict[str, float]:
+        """Item id -> value, for the scores of `metric` that are ok."""
+        cells = ((item, scores.get(metric)) for item, scores in self.items.items())
+        return {item: cell for item, cell in cells if isinstance(cell, float)}
+
+    def mean(self, metric: str) -> float | None:
+        """Mean of the ok scores of `metric`, or `None` where there are none."""
+        return mean(self.values(metric).values())
+
+    def state(self, item: str, metric: str) -> str:
+        """State of one score; `missing` where there is none."""
+        cell = self.items.get(item, {}).get(metric, "missing")
+        return cell if isinstance(cell, str) else "ok"
+
+
+class ItemChange(Frozen):
+    """One score of one item before and after; `drop` is positive when it got worse."""
+
+    item: str
+    base: float
+    head: float
+    drop: float
+
+
+class MetricDiff(Frozen):
+    """What happened to one metric between two baselines; means are over each baseline's own ok items."""
+
+    metric: str
+    old_mean: float | None
+    new_mean: float | None
+    change: float | None
+    """New mean minus old mean; `None` when a side has no score."""
+    changed: tuple[ItemChange, ...]
+    """Items that both scored and whose score differs, largest drop first."""
+
+
+class FieldDiff(Frozen):
+    """A field of the fingerprint that differs; `None` where a side has no such field."""
+
+    field: str
+    old: str | None
+    new: str | None
+
+
+class BaselineDiff(Frozen):
+    """The difference between two baselines, as data for `ragate baseline diff`."""
+
+    suite: str
+    metrics: tuple[MetricDiff, ...]
+    fingerprint: tuple[FieldDiff, ...]
+    testset_changed: bool
+    added: tuple[str, ...]
+    """Items only the new baseline has."""
+    removed: tuple[str, ...]
+    """Items only the old baseline has."""
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """Mean with one rounding, so that the order of the values is irrelevant; `None` for no values."""
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers) if numbers else None
+
+
+def baseline_of(run: Run, *, commit: str | None, date: datetime) -> Baseline:
+    """The baseline that `run` makes. `date` must carry its time zone; it is kept in UTC to the second.
+
+    Raises BaselineError for a partial run and for scores outside [0, 1].
+    """
+    if run.partial:
+        raise BaselineError(
+            f"the run of {run.suite} is PARTIAL and cannot become a baseline: "
+            "finish it with `ragate eval` (it resumes), then `ragate baseline set`"
+        )
+    items: dict[str, dict[str, Any]] = {item.id: {} for item in run.items}
+    for score in run.scores:
+        items.setdefault(score.item, {})[score.metric] = score.value if score.state == "ok" else score.state
+    try:
+        return Baseline(
+            suite=run.suite,
+            testset_hash=run.testset_hash,
+            date=date.astimezone(UTC).replace(microsecond=0),
+            commit=commit,
+            judge=run.judge,
+            metrics=run.metrics,
+            fingerprint=run.fingerprint,
+            items=items,
+        )
+    except ValidationError as e:
+        where, what = _first_error(e)
+        raise BaselineError(f"the run of {run.suite} cannot become a baseline: {where}: {what}") from None
+
+
+def baseline_path(folder: Path, suite: str) -> Path:
+    """Where the baseline of `suite` is kept: one file each, odd characters become `-`."""
+    name = re.sub(r"[^\w.-]+", "-", suite).strip("-.") or "suite"
+    return folder / f"{name}.json"
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit that `folder` has checked out, or `None` outside a git repository (or without git)."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "--verify", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def save_baseline(baseline: Baseline, path: Path) -> None:
+    """Write `baseline` whole, one item per line. Raises RunError when the disk refuses."""
+    fields = baseline.model_dump(mode="json")
+    lines = []
+    for name, value in fields.items():
+        if name in ("fingerprint", "items") and value:
+            rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in value.items())
+            lines.append(f' "{name}": {{\n{rows}\n }}')
+        else:
+            lines.append(f' "{name}": {json.dumps(value)}')
+    write_whole(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def load_baseline(path: Path) -> Baseline:
+    """Read a baseline. Raises BaselineError: missing (with the command that makes one) or malformed."""
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise BaselineError(f"{path}: no baseline yet; make one with `ragate baseline set`") from None
+    except OSError as e:
+        raise BaselineError(f"{path}: cannot read the baseline: {e.strerror}") from None
+    way_out = "restore it from git or make a new one with `ragate baseline set`"
+    try:
+        fields = json.loads(data, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as e:  # ValueError: not JSON, not UTF-8, or a name given twice
+        raise BaselineError(f"{path}: not a baseline: {e}; {way_out}") from None
+    version = fields.get("version") if isinstance(fields, dict) else None
+    if isinstance(version, int) and version > BASELINE_VERSION:
+        raise BaselineError(
+            f"{path}: baseline version {version} is newer than this ragate reads ({BASELINE_VERSION}); "
+            "update ragate"
+        )
+    try:
+        return Baseline.model_validate(fields)
+    except ValidationError as e:
+        where, what = _first_error(e)
+        raise BaselineError(f"{path}: not a baseline: {where}: {what}; {way_out}") from None
+
+
+def diff_baselines(old: Baseline, new: Baseline) -> BaselineDiff:
+    """What changed from `old` to `new`: means, items, fingerprint fields, test set."""
+    diffs = []
+    for metric in dict.fromkeys((*old.metrics, *new.metrics)):
+        before, after = old.mean(metric), new.mean(metric)
+        change = None if before is None or after is None else after - before
+        changed = changed_items(old.values(metric), new.values(metric))
+        diffs.append(
+            MetricDiff(metric=metric, old_mean=before, new_mean=after, change=change, changed=changed)
+        )
+    return BaselineDiff(
+        suite=new.suite,
+        metrics=tuple(diffs),
+        fingerprint=diff_fields(old.fingerprint, new.fingerprint),
+        testset_changed=old.testset_hash != new.testset_hash,
+        added=tuple(item for item in new.items if item not in old.items),
+        removed=tuple(item for item in old.items if item not in new.items),
+    )
+
+
+def changed_items(base: dict[str, float], head: dict[str, float]) -> tuple[ItemChange, ...]:
+    """Items scored on both sides whose score differs by more than `SAME`, largest drop first, then by id."""
+    changes = [
+        ItemChange(item=item, base=value, head=head[item], drop=value - head[item])
+        for item, value in base.items()
+        if item in head and abs(value - head[item]) > SAME
+    ]
+    return tuple(sorted(changes, key=lambda change: (-change.drop, change.item)))
+
+
+def diff_fields(old: dict[str, str], new: dict[str, str]) -> tuple[FieldDiff, ...]:
+    """Fields of two fingerprints that differ, in the order of their names."""
+    return tuple(
+        FieldDiff(field=name, old=old.get(name), new=new.get(name))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a name given twice (what a bad merge leaves) is an error, not the last one wins."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return fields
+
+
+def _first_error(e: ValidationError) -> tuple[str, str]:
+    """Where and what of the first validation error."""
+    first = e.errors()[0]
+    return ".".join(str(part) for part in first["loc"]) or "the file", first["msg"]
