@@ -106,6 +106,8 @@ class Decoder:
         for layer, cache in zip(self.layers, kv.layers, strict=True):
             delta = layer(h, delta, step, cache)
         assert delta is not None
+        if not len(wanted):  # a chunk in the middle of a prompt
+            return torch.empty(0, self.config.vocab_size, device=h.device)
         last = self.kernels.rms_norm(h[wanted], delta[wanted], self.final_norm, self.config.norm_eps)
         logits = self.head(last).float()
         cap = self.config.logit_soft_cap

@@ -18,6 +18,7 @@ from ctypes import c_float, c_int, c_long, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ragate_engine.config import BLOCK_SIZE
@@ -133,8 +134,10 @@ def make_kv(
     blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K [blocks, kv_heads, head_dim, 16] (a block's keys side by side) and V [blocks, kv_heads, 16, head_dim]."""
-    k = torch.zeros(blocks, kv_heads, head_dim, BLOCK_SIZE)
-    return k, torch.zeros(blocks, kv_heads, BLOCK_SIZE, head_dim)
+    # numpy's zeros take memory page by page as it is touched; torch's would touch all of it now
+    k = np.zeros((blocks, kv_heads, head_dim, BLOCK_SIZE), np.float32)
+    v = np.zeros((blocks, kv_heads, BLOCK_SIZE, head_dim), np.float32)
+    return torch.from_numpy(k), torch.from_numpy(v)
 
 
 def rope_write_kv(

@@ -205,6 +205,7 @@ static void linear_task(const void *context, long t) {
 /* x [M, K]; w packed as [ceil(N/16)][K][16], zero padded; bias [N] or NULL; y [M, N]. */
 void rg_linear(const float *x, const float *w, const float *bias, float *y, long M, long K, long N) {
   linear_args a = {x, w, bias, y, M, K, N, (N + LANES - 1) / LANES, 0, 96};
+  if (M == 0) return;
   long row_blocks = (M + a.row_block - 1) / a.row_block;
   long per = a.panels / (4 * pool.size / row_blocks + 1);
   a.per_task = per < 2 ? 2 : (per + 1) / 2 * 2;
@@ -294,7 +295,17 @@ typedef struct {
   long table_width, H, KVH, D, window; float scale, cap;
 } attention_args;
 
-#define GROUP_ROWS 16
+/* This thread's own buffer of at least `bytes`; it grows and is kept. */
+static float *scratch(size_t bytes) {
+  static __thread float *buffer;
+  static __thread size_t size;
+  if (bytes > size) {
+    free(buffer);
+    size = bytes + bytes / 2;
+    buffer = malloc(size);
+  }
+  return buffer;
+}
 
 /* One group of rows, one KV head. A group is (first row, rows, shared): its rows' first `shared` blocks are the same
  * physical blocks and full for every row, so each is read once for all; every row then goes on with its own. Scores of a row are laid
@@ -313,7 +324,7 @@ static void attention_task(const void *context, long t) {
     if (f < first) first = f;
   }
   long block0 = first > 0 ? first / LANES : 0;
-  float *q = malloc((lines * D + lines * D + lines * padded) * sizeof(float));
+  float *q = scratch((lines * D + lines * D + lines * padded) * sizeof(float));
   float *acc = q + lines * D, *scores = acc + lines * D;
   for (long r = 0; r < rows; r++)
     for (long g = 0; g < G; g++) {
@@ -369,7 +380,6 @@ static void attention_task(const void *context, long t) {
     float *to = a->out + (row0 + i / G) * a->H * D + (kvh * G + i % G) * D, l = q[i * D];
     for (long d = 0; d < D; d++) to[d] = acc[i * D + d] / l;
   }
-  free(q);
 }
 
 /* qkv [M, (H + 2 KVH) D] after rope; out [M, H D]; positions [M]; row_table [M] indexes tables [requests, table_width];
