@@ -515,7 +515,7 @@ def _read_parquet(path: Path) -> Iterator[_Row]:
     except (pyarrow.ArrowException, UnicodeDecodeError) as e:
         raise TestSetError(f"{path}: not parquet that can be read: {_one_line(e)}") from None
     except OSError as e:
-        raise TestSetError(f"{path}: cannot be read: {e.strerror or e}") from None
+        raise TestSetError(f"{path}: cannot be read: {e.strerror or _one_line(e)}") from None
 
 
 def _dataset_parts(spec: str) -> tuple[str, str | None, str | None]:
