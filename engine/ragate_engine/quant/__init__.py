@@ -1,1 +1,1 @@
-"""Quantized weights: one tensor type (`tensor`) and one table of the file formats that become it (`formats`)."""
+"""Quantized weights: one tensor type (`tensor`), and the table of file formats that become it (`formats`)."""

@@ -1,13 +1,13 @@
 """The GGUF block formats, a row each: how the bytes of a block become codes, scales and offsets.
 
-The layouts are those of ggml's `block_q*` structs; the arithmetic, to the bit, is that of the `gguf` package's
-numpy dequantizers. A new format is a function of ten lines and a row in `FORMATS`.
+The layouts are those of ggml's `block_q*` structs; the arithmetic, to the bit, is that of the numpy
+dequantizers in the `gguf` package. A new format is a function of ten lines and a row in `FORMATS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from ragate_engine.quant.tensor import QuantTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Bytes = NDArray[np.uint8]
 Codes = NDArray[np.uint8] | NDArray[np.int8]

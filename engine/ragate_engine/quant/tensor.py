@@ -16,7 +16,7 @@ class QuantTensor:
     """
 
     bits: int
-    """Width of a code as stored: codes lie in [0, 2**bits) with offsets, in [-2**(bits-1), 2**(bits-1)) without."""
+    """Width of a code in the file: [0, 2**bits) with offsets, [-2**(bits-1), 2**(bits-1)) without."""
     group: int
     codes: torch.Tensor
     """uint8 or int8 [out, in], a byte each."""
@@ -33,8 +33,9 @@ class QuantTensor:
         if tuple(self.codes.shape) != self.shape:
             raise ValueError(f"codes have shape {tuple(self.codes.shape)}, expected {self.shape}")
         for scale in (self.scales, self.offsets):
-            if scale is not None and tuple(scale.shape) != (out, width // self.group):
-                raise ValueError(f"scales have shape {tuple(scale.shape)}, expected {(out, width // self.group)}")
+            expected = (out, width // self.group)
+            if scale is not None and tuple(scale.shape) != expected:
+                raise ValueError(f"scales have shape {tuple(scale.shape)}, expected {expected}")
 
     @property
     def device(self) -> torch.device:
@@ -49,16 +50,17 @@ class QuantTensor:
     def to(self, device: torch.device | str) -> QuantTensor:
         """The same tensor on `device`."""
         offsets = None if self.offsets is None else self.offsets.to(device)
-        return QuantTensor(self.bits, self.group, self.codes.to(device), self.scales.to(device), offsets, self.shape)
+        codes, scales = self.codes.to(device), self.scales.to(device)
+        return QuantTensor(self.bits, self.group, codes, scales, offsets, self.shape)
 
     def rows(self, index: torch.Tensor | slice) -> QuantTensor:
         """The rows that `index` picks (a slice, or int64 [n]), in its order: as embedding lookup does."""
-        codes = self.codes[index]
+        codes, scales = self.codes[index], self.scales[index]
         offsets = None if self.offsets is None else self.offsets[index]
-        return QuantTensor(self.bits, self.group, codes, self.scales[index], offsets, (codes.shape[0], self.shape[1]))
+        return QuantTensor(self.bits, self.group, codes, scales, offsets, (codes.shape[0], self.shape[1]))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weights, [out, in]: computed in float32, bit-equal to ggml's reference, then cast to `dtype`."""
+        """The weights [out, in]: computed in float32, bit by bit as ggml does, then cast to `dtype`."""
         groups = self.codes.to(torch.float32).view(self.shape[0], -1, self.group)
         # Two roundings, never a fused multiply-add: that is what the reference decoders do.
         weights = groups.mul_(self.scales.unsqueeze(-1))

@@ -1,7 +1,8 @@
 """GGUF files: a strict reader of the header, the model configuration in its metadata, and tensors on demand.
 
-The header is parsed here rather than by `gguf.GGUFReader`: that one trusts every count in the file (a corrupt array
-length makes it loop for hours) and takes seconds over a large vocabulary. Constants come from the `gguf` package.
+The header is parsed here rather than by `gguf.GGUFReader`: that one trusts every count in the file (a corrupt
+array length makes it loop for hours) and takes seconds over a large vocabulary. Types and block sizes come
+from the `gguf` package.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -10,10 +11,9 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,13 +23,14 @@ from ragate_engine.config import ModelConfig, RopeConfig
 from ragate_engine.errors import ConfigError, ModelFileError
 from ragate_engine.quant import formats
 from ragate_engine.weights import names
+from ragate_engine.weights.fields import Fields
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from ragate_engine.quant.tensor import QuantTensor
 
-T = TypeVar("T")
 Rows = slice | np.ndarray[Any, np.dtype[np.int64]] | None
 
 MAGIC = b"GGUF"
@@ -159,7 +160,8 @@ def _parse(path: Path, header: _Header) -> GGUFFile:
             raise ValueError(f"tensor {info.name!r} begins at {info.offset}, off the alignment of {align}")
         offset = start + info.offset
         if offset + info.nbytes > len(header.data):
-            raise ValueError(f"tensor {info.name!r} ends at byte {offset + info.nbytes} of {len(header.data)}")
+            size = len(header.data)
+            raise ValueError(f"tensor {info.name!r} ends at byte {offset + info.nbytes}, the file at {size}")
         tensors[info.name] = TensorInfo(info.name, info.kind, info.shape, offset, info.nbytes)
     return GGUFFile(path, metadata, tensors)
 
@@ -188,8 +190,8 @@ def read_tensor(file: GGUFFile, info: TensorInfo, rows: Rows = None) -> QuantTen
     if info.kind not in formats.SUPPORTED:
         readable = ", ".join(kind.name for kind in formats.SUPPORTED)
         raise ModelFileError(
-            f"{file.path}: tensor {info.name} has type {info.kind.name}, which this engine cannot read: take a file "
-            f"quantized as Q4_K_M, Q8_0 or another of {readable}"
+            f"{file.path}: tensor {info.name} has type {info.kind.name}, which this engine cannot read: "
+            f"take a file quantized as Q4_K_M or Q8_0, or made of {readable}"
         )
     try:
         with open(file.path, "rb") as stream:
@@ -199,51 +201,19 @@ def read_tensor(file: GGUFFile, info: TensorInfo, rows: Rows = None) -> QuantTen
         raise ModelFileError(f"{file.path} cannot be read: {error.strerror or error}") from None
     if data.size != info.nbytes:
         raise ModelFileError(f"{file.path} became shorter while it was read: fetch it again")
-    if len(info.shape) == 1:
-        if info.kind not in formats.DENSE:
-            raise ModelFileError(f"{file.path}: tensor {info.name} is a vector of type {info.kind.name}, not a matrix")
-        data = data.reshape(info.shape[0], -1)
-    else:
-        data = data.reshape(info.shape[0], -1)
-    if rows is not None:
-        data = np.ascontiguousarray(data[rows])
-    decoded = formats.decode(info.kind, data)
+    if len(info.shape) == 1 and info.kind not in formats.DENSE:
+        raise ModelFileError(
+            f"{file.path}: vector {info.name} is quantized ({info.kind.name}): convert it again"
+        )
+    data = data.reshape(info.shape[0], -1)
+    decoded = formats.decode(info.kind, data if rows is None else np.ascontiguousarray(data[rows]))
     return decoded.reshape(-1) if len(info.shape) == 1 and isinstance(decoded, torch.Tensor) else decoded
 
 
-# --- the model configuration --------------------------------------------------------------------------------------
+# --- the model configuration ----------------------------------------------------------------------------
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 """Values of `general.architecture` that the decoder serves (Mistral and SmolLM files say llama)."""
-
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_len": 8192}
-
-
-class _Metadata:
-    """Typed access to the metadata of one architecture."""
-
-    def __init__(self, file: GGUFFile, arch: str) -> None:
-        self.file = file
-        self.arch = arch
-
-    def get(self, key: str, kind: type[T]) -> T | None:
-        """The value of `<arch>.<key>`, or `None` where the file has none."""
-        full = f"{self.arch}.{key}"
-        value = self.file.metadata.get(full)
-        if kind is int and isinstance(value, list) and value and len(set(value)) == 1:
-            value = value[0]  # a number per layer, all alike
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if value is None or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
-            return cast("T | None", value)
-        raise ModelFileError(f"{self.file.path}: metadata {full} is {str(value)[:40]!r}, expected {kind.__name__}")
-
-    def need(self, key: str, kind: type[T]) -> T:
-        """The value of `<arch>.<key>`; ModelFileError where the file has none."""
-        value = self.get(key, kind)
-        if value is None:
-            raise ModelFileError(f"{self.file.path}: metadata {self.arch}.{key} is missing: fetch or convert it again")
-        return value
 
 
 def model_config(file: GGUFFile) -> ModelConfig:
@@ -251,31 +221,31 @@ def model_config(file: GGUFFile) -> ModelConfig:
     arch = file.metadata.get("general.architecture")
     if arch not in ARCHITECTURES:
         raise ModelFileError(
-            f"{file.path} holds a model of architecture {str(arch)[:40]!r}, which this engine does not serve: "
+            f"{file.path} holds a {str(arch)[:40]!r} model, an architecture that this engine does not serve: "
             f"it serves {', '.join(ARCHITECTURES)}"
         )
-    meta = _Metadata(file, arch)
+    meta = Fields(file.path, file.metadata, f"{arch}.")
     if meta.get("expert_count", int):
-        raise ModelFileError(f"{file.path} is a mixture of experts, which this engine does not serve: take a dense one")
-    parts = file.metadata.get("split.count", 1)
-    if parts != 1:
-        raise ModelFileError(f"{file.path} is one of {parts} parts: join them with `llama-gguf-split --merge`")
+        meta.refuse("it is a mixture of experts, which this engine does not serve: take a dense model")
+    if file.metadata.get("split.count", 1) not in (0, 1):
+        meta.refuse("it is one part of a split model: join the parts with `llama-gguf-split --merge`")
     embed = file.tensors.get("token_embd.weight")
     if embed is None or len(embed.shape) != 2:
-        raise ModelFileError(f"{file.path} has no matrix token_embd.weight: it is not a whole language model")
+        meta.refuse("it has no matrix token_embd.weight: it is not a whole language model")
 
     gemma = arch in ("gemma2", "gemma3")
-    hidden, layers, heads = (
-        meta.need("embedding_length", int),
-        meta.need("block_count", int),
-        meta.need("attention.head_count", int),
-    )
+    hidden = meta.need("embedding_length", int)
+    layers = meta.need("block_count", int)
+    heads = meta.need("attention.head_count", int)
     if min(hidden, layers, heads) < 1 or layers > len(file.tensors):
-        raise ModelFileError(f"{file.path}: {layers} layers, width {hidden}, {heads} heads cannot be: fetch it again")
+        meta.refuse(f"{layers} layers of width {hidden} with {heads} heads cannot be: fetch it again")
     head_dim = meta.get("attention.key_length", int) or hidden // heads
+    if meta.get("attention.value_length", int) not in (None, head_dim):
+        meta.refuse("its keys and values differ in width, which this engine does not serve")
     window = meta.get("attention.sliding_window", int) or None
-    # 27B models scale by the mean head width, not by their own: llama.cpp tells them by their depth, so do we.
+    # 27B models scale by the mean head width, not their own; llama.cpp tells them by depth, so do we.
     wide = (arch, layers) in (("gemma2", 46), ("gemma3", 62))
+    local_theta = meta.get("rope.freq_base_swa", float) or 10_000.0
     try:
         return ModelConfig(
             arch=arch,
@@ -288,8 +258,8 @@ def model_config(file: GGUFFile) -> ModelConfig:
             head_dim=head_dim,
             max_len=meta.need("context_length", int),
             norm_eps=meta.need("attention.layer_norm_rms_epsilon", float),
-            rope=_rope(meta, head_dim),
-            local_rope=RopeConfig(theta=meta.get("rope.freq_base_swa", float) or 10_000.0) if arch == "gemma3" else None,
+            rope=_rope(file, meta, head_dim),
+            local_rope=RopeConfig(theta=local_theta) if arch == "gemma3" else None,
             tie_embeddings="output.weight" not in file.tensors,
             qkv_bias="blk.0.attn_q.bias" in file.tensors,
             qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
@@ -298,95 +268,105 @@ def model_config(file: GGUFFile) -> ModelConfig:
             embed_scale=math.sqrt(hidden) if gemma else 1.0,
             attn_scale=((hidden // heads if wide else head_dim) ** -0.5) if gemma else None,
             window=window,
-            window_layers=_window_layers(arch, layers) if window and gemma else (),
+            window_layers=window_layers(arch, layers) if window and gemma else (),
             attn_soft_cap=meta.get("attn_logit_softcapping", float) or (50.0 if arch == "gemma2" else None),
             logit_soft_cap=meta.get("final_logit_softcapping", float) or (30.0 if arch == "gemma2" else None),
         )
     except ConfigError as error:
-        raise ModelFileError(f"{file.path}: {error}") from None
+        meta.refuse(str(error))
 
 
-def _window_layers(arch: str, layers: int) -> tuple[bool, ...]:
-    """Gemma 2 slides every other layer from the first; Gemma 3 all but each sixth."""
+def window_layers(arch: str, layers: int) -> tuple[bool, ...]:
+    """Which layers slide: in Gemma 2 every other one from the first, in Gemma 3 all but each sixth."""
     period = 2 if arch == "gemma2" else 6
     return tuple((i + 1) % period != 0 for i in range(layers))
 
 
-def _rope(meta: _Metadata, head_dim: int) -> RopeConfig:
-    theta = meta.get("rope.freq_base", float) or 10_000.0
-    partial_share = (meta.get("rope.dimension_count", int) or head_dim) / head_dim
+def _rope(file: GGUFFile, meta: Fields, head_dim: int) -> RopeConfig:
+    theta = meta.get("rope.freq_base", float)
+    theta = 10_000.0 if theta is None else theta
+    share = (meta.get("rope.dimension_count", int) or head_dim) / head_dim
+    if theta <= 0 or not 0 < share <= 1 or (share < 1 and meta.prefix == "llama."):
+        meta.refuse(f"a rope of base {theta} over {share:.0%} of each head cannot be: fetch it again")
     kind = meta.get("rope.scaling.type", str) or "none"
-    if any(name.startswith("rope_factors_") for name in meta.file.tensors) or kind not in ("none", "linear"):
-        raise ModelFileError(
-            f"{meta.file.path} scales its rope by {kind if kind != 'none' else 'longrope'}, which this engine does not "
-            "know: take the model's short-context version"
+    if any(name.startswith("rope_factors_") for name in file.tensors):
+        kind = "longrope"
+    if kind not in ("none", "linear"):
+        meta.refuse(
+            f"its rope is scaled by {kind[:40]!r}, which this engine does not know: take a version without it"
         )
     if kind == "linear":
-        return RopeConfig(theta, "linear", factor=meta.need("rope.scaling.factor", float), partial=partial_share)
-    if "rope_freqs.weight" in meta.file.tensors:
-        return _llama3_rope(meta, theta, head_dim)
-    return RopeConfig(theta, partial=partial_share)
+        return RopeConfig(theta, "linear", factor=meta.need("rope.scaling.factor", float), partial=share)
+    if "rope_freqs.weight" in file.tensors:
+        return _llama3_rope(file, meta, theta, head_dim)
+    return RopeConfig(theta, partial=share)
 
 
-def _llama3_rope(meta: _Metadata, theta: float, head_dim: int) -> RopeConfig:
-    """Llama 3.1 files store only the resulting divisor of each frequency: find the parameters that give them."""
-    raise NotImplementedError
+def _llama3_rope(file: GGUFFile, meta: Fields, theta: float, head_dim: int) -> RopeConfig:
+    """Llama 3.1 files store what each frequency is divided by: find the parameters that give that."""
+    stored = read_tensor(file, file.tensors["rope_freqs.weight"])
+    original = meta.get("rope.scaling.original_context_length", int) or 8192
+    if isinstance(stored, torch.Tensor) and stored.shape == (head_dim // 2,) and bool((stored >= 1).all()):
+        rope = RopeConfig(theta, "llama3", float(stored.max()), 1.0, 4.0, original)
+        turns = original * theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
+        smooth = np.clip(
+            (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1
+        )
+        divisors = 1 / ((1 - smooth) / rope.factor + smooth)
+        if np.allclose(stored.numpy(), divisors, rtol=1e-3):
+            return rope
+    meta.refuse("rope_freqs.weight is not the scaling of Llama 3.1, the only one this engine knows")
+
+
+# --- tensors --------------------------------------------------------------------------------------------
 
 
 def row_order(heads: int, head_dim: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Rows of a llama q or k matrix in Hugging Face's order.
 
-    llama.cpp's converter interleaves the two halves of each head, for its pairwise rope; this undoes it, so that one
-    rotate-half rope serves every architecture.
+    llama.cpp's converter interleaves the two halves of each head, for its pairwise rope; this undoes it, so
+    that one rotate-half rope serves every architecture.
     """
     return np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
 def tensors(file: GGUFFile, config: ModelConfig) -> dict[str, Callable[[], QuantTensor | torch.Tensor]]:
-    """A loader for each tensor by canonical name. Raises ModelFileError where names or shapes do not fit `config`."""
+    """A loader for each tensor, by canonical name. Raises ModelFileError where they do not fit `config`."""
     wanted = names.expected(config)
     loaders: dict[str, Callable[[], QuantTensor | torch.Tensor]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for info in file.tensors.values():
-        if info.name.startswith("rope_"):
-            continue
+        if info.name == "rope_freqs.weight":
+            continue  # read into the configuration
         name = names.from_gguf(info.name)
         if name is None:
-            raise ModelFileError(f"{file.path}: tensor {info.name} is not part of a {config.arch} decoder we know")
+            raise ModelFileError(f"{file.path}: tensor {info.name} is none of a {config.arch} decoder's")
         prefix, _, leaf = name.rpartition(".")
-        if leaf == "up" and f"{prefix}.gate" in wanted and info.name.replace("ffn_up", "ffn_gate") not in file.tensors:
-            leaf = "gate_up"  # Phi-3 stacks the gate on top
+        if leaf == "up" and info.name.replace("ffn_up", "ffn_gate") not in file.tensors:
+            leaf = "gate_up"  # Phi-3 stacks the gate on top of the up matrix
         if leaf in ("qkv", "gate_up"):
             for part, rows in names.fused_parts(leaf, config).items():
                 loaders[f"{prefix}.{part}"] = partial(read_tensor, file, info, rows)
                 shapes[f"{prefix}.{part}"] = (len(range(info.shape[0])[rows]), *info.shape[1:])
             continue
         order: Rows = None
-        if config.arch == "llama" and leaf in ("q", "q_bias", "k", "k_bias") and info.shape == wanted.get(name):
-            heads = config.num_heads if leaf.startswith("q") else config.num_kv_heads
-            order = row_order(heads, config.head_dim)
+        if (
+            config.arch == "llama"
+            and leaf in ("q", "q_bias", "k", "k_bias")
+            and info.shape == wanted.get(name)
+        ):
+            order = row_order(config.num_heads if leaf[0] == "q" else config.num_kv_heads, config.head_dim)
         loaders[name] = partial(read_tensor, file, info, order)
         shapes[name] = info.shape
-    check(file.path, shapes, wanted)
+    names.check(file.path, shapes, wanted)
     return loaders
 
 
-def check(path: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ModelFileError unless `found` is exactly the tensors that are `wanted`."""
-    for name, shape in wanted.items():
-        if name not in found:
-            raise ModelFileError(f"{path} lacks the tensor {name}: fetch or convert it again")
-        if found[name] != shape:
-            raise ModelFileError(f"{path}: tensor {name} has shape {list(found[name])}, expected {list(shape)}")
-    for name in found:
-        if name not in wanted:
-            raise ModelFileError(f"{path} has a tensor {name}, which its configuration has no place for")
-
-
 def quantization(file: GGUFFile) -> str:
-    """The name of the file's recipe, such as Q4_K_M; where it states none, that of its commonest matrix type."""
+    """The name of the file's recipe, such as Q4_K_M; if it states none, the type of most of its matrices."""
     try:
-        return LlamaFileType(file.metadata["general.file_type"]).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        name = str(LlamaFileType(file.metadata["general.file_type"]).name)
     except (KeyError, ValueError):
-        kinds = [info.kind.name for info in file.tensors.values() if len(info.shape) > 1]
+        kinds = [str(info.kind.name) for info in file.tensors.values() if len(info.shape) > 1]
         return max(sorted(set(kinds)), key=kinds.count)
+    return name.removeprefix("MOSTLY_").removeprefix("ALL_")

@@ -1,14 +1,21 @@
-"""One set of tensor names for every model: which there must be, their shapes, and what GGUF and HF files call them.
+"""One set of tensor names for every model: which there must be, in what shape, what GGUF and HF call them.
 
-Canonical names: `embed`, `final_norm`, `lm_head` (absent when tied to `embed`), and for layer i `layers.{i}.` with
+Canonical names: `embed`, `final_norm`, `lm_head` (absent when tied), and for layer i `layers.{i}.` with
 `attn_norm q k v o q_bias k_bias v_bias q_norm k_norm attn_post_norm mlp_norm mlp_post_norm gate up down`.
 """
 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-from ragate_engine.config import ModelConfig
+from ragate_engine.errors import ModelFileError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from ragate_engine.config import ModelConfig
 
 _GGUF_TOP = {"token_embd.weight": "embed", "output_norm.weight": "final_norm", "output.weight": "lm_head"}
 _GGUF_LAYER = {
@@ -111,3 +118,16 @@ def fused_parts(leaf: str, config: ModelConfig) -> dict[str, slice]:
         return {"q": slice(0, q), "k": slice(q, q + kv), "v": slice(q + kv, q + 2 * kv)}
     inner = config.intermediate_size
     return {"gate": slice(0, inner), "up": slice(inner, 2 * inner)}
+
+
+def check(path: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ModelFileError unless the shapes `found` in a file are exactly the ones `wanted`."""
+    for name, shape in wanted.items():
+        if name not in found:
+            raise ModelFileError(f"{path} lacks the tensor {name}: fetch or convert it again")
+        if found[name] != shape:
+            is_shape = list(found[name])
+            raise ModelFileError(f"{path}: tensor {name} has shape {is_shape}, expected {list(shape)}")
+    for name in found:
+        if name not in wanted:
+            raise ModelFileError(f"{path} has a tensor {name}, which its configuration has no place for")

@@ -1,0 +1,253 @@
+"""Hugging Face folders: config.json, and weights in *.safetensors, as canonical tensors on demand."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from ragate_engine.config import ModelConfig, RopeConfig
+from ragate_engine.errors import ConfigError, ModelFileError
+from ragate_engine.weights import names
+from ragate_engine.weights.fields import Fields, read_json
+from ragate_engine.weights.gguf import window_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import torch
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+_ARCH = {
+    "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "gemma3": "gemma3",
+    "phi3": "phi3",
+}
+"""Values of `model_type` that the decoder serves."""
+
+_HEAD_DIM = {"qwen3": 128, "gemma2": 256, "gemma3": 256}
+"""transformers' own defaults, where it is not hidden_size / num_attention_heads."""
+
+_MAX_LAYERS = 1024
+
+_IGNORED = ("rotary_emb.inv_freq", "vision_tower.", "multi_modal_projector.")
+"""Tensors of a folder that the text decoder does without."""
+
+
+def model_config(folder: Path) -> ModelConfig:
+    """The decoder that config.json describes. Raises ModelFileError for an architecture we do not serve."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ModelFileError(f"{folder} has no config.json: give a .gguf file or a Hugging Face model folder")
+    values = read_json(path)
+    kind = values.get("model_type")
+    if kind not in _ARCH:
+        raise ModelFileError(
+            f"{path} describes a model of type {str(kind)[:40]!r}, which this engine does not serve: "
+            f"it serves {', '.join(_ARCH)}"
+        )
+    if values.get("quantization_config"):
+        raise ModelFileError(f"{path}: quantized safetensors are not read: take GGUF, or unquantized weights")
+    if isinstance(values.get("text_config"), dict):  # the language half of a Gemma 3 that also sees
+        values = {"tie_word_embeddings": values.get("tie_word_embeddings", True)} | values["text_config"]
+    arch = _ARCH[kind]
+    meta = Fields(path, values)
+    gemma = arch in ("gemma2", "gemma3")
+    for switch in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
+        if meta.get(switch, bool):
+            meta.refuse(f"{switch} is set, which this engine does not serve")
+    activation = meta.get("hidden_activation", str) or meta.get("hidden_act", str)
+    if activation not in (("gelu_pytorch_tanh", None) if gemma else ("silu", None)):
+        meta.refuse(f"activation {activation!r} is not one of a {arch} model")
+    layers = meta.need("num_hidden_layers", int)
+    hidden = meta.need("hidden_size", int)
+    heads = meta.need("num_attention_heads", int)
+    if not 1 <= layers <= _MAX_LAYERS or hidden < 1 or heads < 1:
+        meta.refuse(f"{layers} layers of width {hidden} with {heads} heads cannot be")
+    head_dim = meta.get("head_dim", int) or _HEAD_DIM.get(arch) or hidden // heads
+    window = meta.get("sliding_window", int) or None
+    if arch in ("qwen2", "qwen3") and not meta.get("use_sliding_window", bool):
+        window = None
+    scalar = meta.get("query_pre_attn_scalar", float) or 256.0
+    rope, local_rope = _ropes(meta, arch)
+    tied = meta.get("tie_word_embeddings", bool)
+    try:
+        return ModelConfig(
+            arch=arch,
+            vocab_size=meta.need("vocab_size", int),
+            hidden_size=hidden,
+            intermediate_size=meta.need("intermediate_size", int),
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=meta.get("num_key_value_heads", int) or heads,
+            head_dim=head_dim,
+            max_len=meta.need("max_position_embeddings", int),
+            norm_eps=meta.need("rms_norm_eps", float),
+            rope=rope,
+            local_rope=local_rope,
+            tie_embeddings=gemma if tied is None else tied,
+            qkv_bias=arch == "qwen2",
+            qk_norm=arch in ("qwen3", "gemma3"),
+            sandwich_norm=gemma,
+            activation="gelu_tanh" if gemma else "silu",
+            embed_scale=math.sqrt(hidden) if gemma else 1.0,
+            attn_scale=scalar**-0.5 if gemma else None,
+            window=window,
+            window_layers=_sliding(meta, arch, layers) if window else (),
+            attn_soft_cap=meta.get("attn_logit_softcapping", float) if gemma else None,
+            logit_soft_cap=meta.get("final_logit_softcapping", float) if gemma else None,
+        )
+    except ConfigError as error:
+        meta.refuse(str(error))
+
+
+def _sliding(meta: Fields, arch: str, layers: int) -> tuple[bool, ...]:
+    """Which layers slide: as `layer_types` says, else by the rule of the architecture."""
+    kinds = meta.get("layer_types", list)
+    if kinds is not None:
+        if set(kinds) <= {"sliding_attention", "full_attention"}:
+            return tuple(kind == "sliding_attention" for kind in kinds)
+        meta.refuse("layer_types has kinds of attention that this engine does not serve")
+    if arch in ("gemma2", "gemma3"):
+        return window_layers(arch, layers)
+    if arch in ("qwen2", "qwen3"):
+        first = meta.get("max_window_layers", int) or 0
+        return tuple(i >= first for i in range(layers))
+    return ()
+
+
+def _ropes(meta: Fields, arch: str) -> tuple[RopeConfig, RopeConfig | None]:
+    """The rope and the one of sliding layers, from transformers 5's `rope_parameters` or the older fields."""
+    stated = meta.get("rope_parameters", dict)
+    if stated is None:
+        stated = {"rope_theta": meta.get("rope_theta", float)} | (meta.get("rope_scaling", dict) or {})
+        if arch == "gemma3":
+            local = {"rope_theta": meta.get("rope_local_base_freq", float)}
+            stated = {"full_attention": stated, "sliding_attention": local}
+    share = meta.get("partial_rotary_factor", float) or 1.0
+    if "full_attention" in stated:
+        parts = Fields(meta.path, stated)
+        full, sliding = parts.need("full_attention", dict), parts.get("sliding_attention", dict)
+        sliding_rope = _rope(Fields(meta.path, sliding), share) if sliding else None
+        return _rope(Fields(meta.path, full), share), sliding_rope
+    return _rope(Fields(meta.path, stated), share), None
+
+
+def _rope(stated: Fields, share: float) -> RopeConfig:
+    kind = stated.get("rope_type", str) or stated.get("type", str) or "default"
+    theta = stated.get("rope_theta", float) or 10_000.0
+    share = stated.get("partial_rotary_factor", float) or share
+    if theta <= 0 or not 0 < share <= 1:
+        stated.refuse(f"a rope of base {theta} over {share:.0%} of each head cannot be")
+    if kind == "default":
+        return RopeConfig(theta, partial=share)
+    if kind == "linear":
+        return RopeConfig(theta, "linear", factor=stated.need("factor", float), partial=share)
+    if kind == "llama3":
+        return RopeConfig(
+            theta,
+            "llama3",
+            factor=stated.need("factor", float),
+            low_freq_factor=stated.need("low_freq_factor", float),
+            high_freq_factor=stated.need("high_freq_factor", float),
+            original_max_len=stated.need("original_max_position_embeddings", int),
+            partial=share,
+        )
+    stated.refuse(f"its rope is scaled by {kind[:40]!r}, which this engine does not know")
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The folder's safetensors: those that the index names, else model.safetensors, else all there are."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = Fields(index, read_json(index)).need("weight_map", dict).values()
+        if not all(
+            isinstance(shard, str) and re.fullmatch(r"[^/\\]+\.safetensors", shard) for shard in shards
+        ):
+            raise ModelFileError(f"{index} names files that are not *.safetensors beside it")
+        files = tuple(folder / shard for shard in sorted(set(shards)))
+    elif (folder / "model.safetensors").exists():
+        files = (folder / "model.safetensors",)
+    else:
+        files = tuple(sorted(folder.glob("*.safetensors")))
+    if not files:
+        raise ModelFileError(f"{folder} has no *.safetensors file: weights of another kind are not read")
+    for file in files:
+        if not file.exists():
+            raise ModelFileError(f"{file} is missing, though {index.name} names it: fetch the model again")
+    return files
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelFileError(f"{file} is not a usable safetensors file: {error}: fetch it again") from None
+
+
+def quantization(files: tuple[Path, ...]) -> str:
+    """The dtype of the weights: that of the first tensor with two dimensions."""
+    for file in files:
+        with _open(file) as opened:
+            for name in sorted(opened.keys()):
+                part = opened.get_slice(name)
+                if len(part.get_shape()) == 2:
+                    return str(_DTYPES.get(part.get_dtype(), part.get_dtype()))
+    return "float32"
+
+
+def _read(file: Path, name: str, rows: slice | None, add_one: bool) -> torch.Tensor:
+    with _open(file) as opened:
+        tensor: torch.Tensor = opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
+    # Gemma multiplies by (1 + w), in float32 whatever w is stored as.
+    return 1.0 + tensor.float() if add_one else tensor.contiguous()
+
+
+def tensors(
+    folder: Path, files: tuple[Path, ...], config: ModelConfig
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """A loader for each tensor, by canonical name. Raises ModelFileError where they do not fit `config`."""
+    wanted = names.expected(config)
+    loaders: dict[str, Callable[[], torch.Tensor]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with _open(file) as opened:
+            for stored in opened.keys():  # noqa: SIM118 - not a dict
+                name = names.from_hf(stored, config.sandwich_norm)
+                if name is None and any(part in stored for part in _IGNORED):
+                    continue
+                if name == "lm_head" and config.tie_embeddings:
+                    continue
+                if name is None:
+                    raise ModelFileError(f"{file}: tensor {stored} is none of a {config.arch} decoder's")
+                part = opened.get_slice(stored)
+                if part.get_dtype() not in _DTYPES:
+                    raise ModelFileError(
+                        f"{file}: tensor {stored} has type {part.get_dtype()}, which is not read: "
+                        f"take weights in {', '.join(_DTYPES)}, or GGUF"
+                    )
+                shape = tuple(part.get_shape())
+                prefix, _, leaf = name.rpartition(".")
+                pieces: dict[str, slice | None] = {name: None}
+                if leaf in ("qkv", "gate_up"):
+                    pieces = {
+                        f"{prefix}.{key}": rows for key, rows in names.fused_parts(leaf, config).items()
+                    }
+                for piece, rows in pieces.items():
+                    if piece in loaders:
+                        raise ModelFileError(f"{file}: tensor {stored} is there twice")
+                    add_one = config.sandwich_norm and piece.endswith("norm")
+                    loaders[piece] = partial(_read, file, stored, rows, add_one)
+                    shapes[piece] = shape if rows is None else (len(range(shape[0])[rows]), *shape[1:])
+    names.check(folder, shapes, wanted)
+    return loaders
