@@ -1,0 +1,199 @@
+"""The engine on a real model (SmolLM2-135M): same bits whatever the company, grammar, sampling, abort, close."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+
+import pytest
+from models import PROMPTS, cached_model
+from ragate_engine import (
+    Completion,
+    ConfigError,
+    Engine,
+    EngineClosedError,
+    EngineConfig,
+    EngineError,
+    GrammarError,
+    PromptTooLongError,
+    SamplingParams,
+)
+
+VERDICT = json.dumps(
+    {
+        "type": "object",
+        "properties": {"reason": {"type": "string", "pattern": '^[^\\x00-\\x1f"\\\\]{3,60}$'}, "verdict": {"enum": [0, 1]}},
+        "required": ["reason", "verdict"],
+        "additionalProperties": False,
+    }
+)
+
+
+def load(**settings) -> Engine:
+    return Engine.load(cached_model("smollm2-135m"), EngineConfig(device="cpu", **settings))
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with load() as engine:
+        yield engine
+
+
+def ask(engine: Engine, text: str, **params) -> Completion:
+    return engine.submit(engine.tokenizer.encode(text), SamplingParams(**params)).result(timeout=120)
+
+
+def test_a_greedy_answer_is_the_known_one(engine: Engine) -> None:
+    prompt = engine.chat_prompt([{"role": "user", "content": "What is the capital of France? Answer in one sentence."}])
+    completion = engine.submit(prompt, SamplingParams(max_tokens=64)).result(timeout=60)
+    assert completion.text == "The capital of France is Paris."
+    assert completion.finish == "stop"
+    assert completion.text == engine.tokenizer.decode([token.id for token in completion.tokens])
+
+
+def workload(engine: Engine) -> list[tuple[list[int], SamplingParams]]:
+    """Greedy, sampled and grammar-bound requests of mixed lengths, many behind one shared head."""
+    rng = random.Random(0)
+    head = engine.tokenizer.encode("You judge whether a claim is supported by its context. Be strict and brief.\n" * 12)
+    out = []
+    for i, text in enumerate(PROMPTS[:12]):
+        own = engine.tokenizer.encode(text)
+        tail = [rng.randrange(1000, 40000) for _ in range(rng.randrange(0, 60))]
+        prompt = [*head, *tail, *own] if i % 3 else [*own, *tail, *own]
+        kinds = [
+            SamplingParams(max_tokens=12, logprobs=3),
+            SamplingParams(max_tokens=12, temperature=0.8, top_p=0.9, top_k=50, seed=i, logprobs=1),
+            SamplingParams(max_tokens=90, schema=VERDICT, logprobs=4),
+        ]
+        out.append((prompt, kinds[i % 3]))
+    return out
+
+
+def test_bits_do_not_depend_on_batch_chunk_cache_or_preemption(engine: Engine) -> None:
+    """Tokens and logprobs of every request: alone, together, small chunks, no cache, a pool too small for all."""
+    requests = workload(engine)
+    alone = [engine.submit(*request).result(timeout=120) for request in requests]
+    bare = [(c.text, c.tokens, c.finish) for c in alone]
+    small_pool = 45 * 16 * 2 * 30 * 3 * 64 * 4
+    for name, settings in {
+        "batch of 64, cold cache": {"max_batch": 64},
+        "batch of 8, chunks of 32": {"max_batch": 8, "max_step_tokens": 32},
+        "batch of 1": {"max_batch": 1},
+        "no prefix cache": {"prefix_cache": False},
+        "preempted": {"kv_bytes": small_pool, "max_len": 640},
+        "one thread": {"threads": 1},
+    }.items():
+        with load(**settings) as other:
+            futures = [other.submit(*request) for request in requests]
+            together = [f.result(timeout=300) for f in futures]
+            other.check()
+            if name == "preempted":
+                assert other.usage().preemptions > 0
+        assert [(c.text, c.tokens, c.finish) for c in together] == bare, name
+    # and the cache was really warm the first time
+    assert max(c.cached_tokens for c in alone) > 100
+
+
+def test_json_follows_the_schema_in_its_order_and_offsets_point_into_the_text(engine: Engine) -> None:
+    c = ask(engine, "Is water wet? Give a reason and a verdict.\n", max_tokens=100, schema=VERDICT, logprobs=8)
+    data = json.loads(c.text)
+    assert list(data) == ["reason", "verdict"]
+    assert data["verdict"] in (0, 1)
+    assert c.finish == "stop"
+    at = c.text.index('"verdict":') + len('"verdict":')
+    verdict = next(token for token in c.tokens if token.start == at)
+    assert not verdict.forced
+    assert {text[0] for text, _ in verdict.top} == {"0", "1"}
+    assert c.tokens[0].forced
+    assert "".join(c.text) == engine.tokenizer.decode([token.id for token in c.tokens])
+
+
+def test_constants_in_a_schema_cost_no_sampling(engine: Engine) -> None:
+    schema = json.dumps({"type": "object", "properties": {"a": {"const": "some long constant text"}, "b": {"enum": [0, 1]}},
+                         "required": ["a", "b"], "additionalProperties": False})  # fmt: skip
+    before = engine.usage()
+    c = ask(engine, "x", max_tokens=64, schema=schema)
+    after = engine.usage()
+    assert json.loads(c.text)["a"] == "some long constant text"
+    assert after.tokens_forced - before.tokens_forced >= len(c.tokens) - 2
+    assert after.steps - before.steps <= 4
+
+
+def test_logprobs_are_normalized_over_all_tokens(engine: Engine) -> None:
+    c = ask(engine, "The capital of France is", max_tokens=1, logprobs=20)
+    (token,) = c.tokens
+    assert token.top[0][1] == token.logprob
+    assert [p for _, p in token.top] == sorted((p for _, p in token.top), reverse=True)
+    assert 0.1 < sum(math.exp(p) for _, p in token.top) <= 1.0001
+
+
+def test_sampling_is_keyed_by_its_seed(engine: Engine) -> None:
+    texts = [ask(engine, "A story:", max_tokens=20, temperature=1.0, seed=seed).text for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_top_k_of_one_is_greedy(engine: Engine) -> None:
+    greedy = ask(engine, "A story:", max_tokens=20)
+    assert ask(engine, "A story:", max_tokens=20, temperature=2.0, top_k=1).text == greedy.text
+
+
+def test_a_stop_string_ends_the_text_before_it(engine: Engine) -> None:
+    c = ask(engine, "1, 2, 3, 4,", max_tokens=40, stop=("9",))
+    assert c.finish == "stop"
+    assert c.text.strip().startswith("5, 6")
+    assert "9" not in c.text
+
+
+def test_the_token_limit_is_said(engine: Engine) -> None:
+    c = ask(engine, "Once upon a time", max_tokens=5)
+    assert (c.finish, len(c.tokens)) == ("length", 5)
+
+
+def test_the_second_asking_finds_its_prompt_in_the_cache(engine: Engine) -> None:
+    prompt = [random.Random(5).randrange(1000, 40000) for _ in range(100)]
+    first = engine.submit(prompt, SamplingParams(max_tokens=1)).result(timeout=60)
+    second = engine.submit(prompt, SamplingParams(max_tokens=1)).result(timeout=60)
+    assert (first.cached_tokens, second.cached_tokens) == (0, 96)
+
+
+def test_a_cancelled_request_gives_its_blocks_back() -> None:
+    with load() as engine:
+        prompt = engine.tokenizer.encode("Once upon a time")
+        doomed = [engine.submit(prompt, SamplingParams(max_tokens=2000, ignore_eos=True)) for _ in range(4)]
+        kept = engine.submit(prompt, SamplingParams(max_tokens=10))
+        assert all(future.cancel() for future in doomed)
+        assert len(kept.result(timeout=60).tokens) == 10
+        engine.submit(prompt, SamplingParams(max_tokens=1)).result(timeout=60)
+        with pytest.raises(CancelledError):
+            doomed[0].result(timeout=1)
+        engine._scheduler.pool.check()
+
+
+def test_closing_resolves_every_future() -> None:
+    engine = load()
+    prompt = engine.tokenizer.encode("Once upon a time")
+    futures = [engine.submit(prompt, SamplingParams(max_tokens=2000, ignore_eos=True)) for _ in range(3)]
+    engine.close()
+    for future in futures:
+        with pytest.raises(EngineClosedError):
+            future.result(timeout=1)
+    with pytest.raises(EngineClosedError):
+        engine.submit(prompt)
+
+
+def test_bad_requests_are_refused_in_one_sentence(engine: Engine) -> None:
+    with pytest.raises(PromptTooLongError, match=r"9000 tokens .* 8192"):
+        engine.submit([5] * 9000)
+    with pytest.raises(EngineError, match="empty"):
+        engine.submit([])
+    with pytest.raises(EngineError, match="outside"):
+        engine.submit([10**6])
+    with pytest.raises(GrammarError):
+        engine.submit([5], SamplingParams(schema='{"type": "nonsense"}'))
+    with pytest.raises(ConfigError, match="max_tokens"):
+        SamplingParams(max_tokens=0)
+    with pytest.raises(ConfigError, match="top_p"):
+        SamplingParams(top_p=0)
