@@ -1,0 +1,421 @@
+"""The judge as ragas sees it: one structured output a call, asked once, journaled, with P(verdict) read off.
+
+`EngineJudge` asks the engine in this process, `UrlJudge` an OpenAI-compatible endpoint. Importing this module
+imports ragas (seconds): nothing that `ragate.cli` imports at module level may import it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+import re
+import time
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from ragate_engine.errors import DeviceError, EngineClosedError
+from ragate_engine.request import SamplingParams, TokenInfo
+
+from ragate.errors import ConfigError, RunError
+from ragate.journal import CallEntry
+from ragate.metrics import RECORD, JudgedCall, Metric, keep_quiet
+from ragate.run import ItemRecord
+from ragate.schemas import VERDICT_NAMES, AnswerSchema, answer_schema, breach, portable, sample
+
+keep_quiet()
+
+from ragas.embeddings.base import BaseRagasEmbedding  # noqa: E402
+from ragas.llms.base import InstructorBaseRagasLLM  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import httpx
+    from ragate_engine.engine import Engine
+
+    from ragate.journal import Journal
+
+Output = TypeVar("Output", bound=BaseModel)
+
+LOGPROBS = 8
+
+
+class JudgeError(Exception):
+    """One call failed: the score it belongs to becomes `error`, the run goes on."""
+
+
+class TruncatedError(JudgeError):
+    """The judge reached its token limit before its answer was complete: the score becomes `truncated`."""
+
+
+# Verdict probabilities
+
+_KEY_OR_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"(?:\s*:\s*(\d))?')
+
+
+def verdict_probabilities(text: str, tokens: Sequence[TokenInfo]) -> tuple[float | None, ...]:
+    """P(verdict = 1) = P(1) / (P(0) + P(1)) for each verdict in a JSON answer, in order, to 6 decimals.
+
+    Read at the token that holds the digit, from its likeliest allowed tokens, each counted by its first
+    digit. `None` where no probabilities were recorded.
+    """
+    found: list[float | None] = []
+    position = 0
+    for match in _KEY_OR_STRING.finditer(text):
+        if match[1] not in VERDICT_NAMES or match[2] is None:
+            continue
+        at = match.start(2)
+        while position + 1 < len(tokens) and tokens[position + 1].start <= at:
+            position += 1
+        mass = {"0": 0.0, "1": 0.0}
+        for token, logprob in tokens[position].top if tokens else ():
+            digit = next((c for c in token if c.isdigit()), "")
+            if digit in mass:
+                mass[digit] += math.exp(logprob)
+        total = sum(mass.values())
+        found.append(round(mass["1"] / total, 6) if total > 0 else None)
+    return tuple(found)
+
+
+# Judges
+
+
+class Judge(InstructorBaseRagasLLM):  # type: ignore[misc]
+    """What both judges share: a distinct prompt is asked once, journaled, checked, and noted in the record.
+
+    `calls_done` counts what ragas wanted; `call_ms` has the milliseconds of each computed call, by key.
+    """
+
+    is_async = True
+
+    def __init__(self, name: str, identity: dict[str, str]) -> None:
+        """`identity` is everything but the prompt that an answer depends on: part of each call's key."""
+        self.name = name
+        self.identity = identity
+        self.journal: Journal | None = None
+        self.on_call: Callable[[], None] = lambda: None
+        self.calls_done = 0
+        self.call_ms: dict[str, float] = {}
+        self._known: dict[str, CallEntry] = {}
+        self._running: dict[str, asyncio.Task[CallEntry]] = {}
+        self._waiting: dict[str, int] = {}
+
+    def describe(self) -> dict[str, str]:
+        """Fingerprint material: what judged."""
+        raise NotImplementedError
+
+    def render(self, prompt: str) -> str:
+        """The prompt as the model gets it, for the fingerprint's probes."""
+        raise NotImplementedError
+
+    def progress(self) -> int:
+        """A number that grows while the judge works: if it stands still, the judge hangs."""
+        return self.calls_done
+
+    def usage(self) -> dict[str, Any]:
+        """Counters of the engine behind the judge; empty where there is none."""
+        return {}
+
+    async def aclose(self) -> None:
+        """Let go of what belongs to the running event loop."""
+
+    async def _ask(self, key: str, prompt: str, schema: AnswerSchema) -> CallEntry:
+        raise NotImplementedError
+
+    def generate(self, prompt: str, response_model: type[Output]) -> Output:
+        """`agenerate` for callers without an event loop."""
+        return asyncio.run(self.agenerate(prompt, response_model))
+
+    async def agenerate(self, prompt: str, response_model: type[Output]) -> Output:
+        """Ask for a `response_model`; an equal question is answered from the journal or the call in flight.
+
+        Raises JudgeError (TruncatedError at the token limit); RunError when the engine or the disk fails.
+        """
+        schema = answer_schema(response_model, prompt)
+        key = self.key(prompt, schema)
+        record = RECORD.get()
+        try:
+            entry = await self._once(key, prompt, schema)
+        except _TooLongError as e:
+            what = f"item {record.item}" if record else "the prompt"
+            raise JudgeError(
+                f"context too long: {what} needs {e.needed} tokens, the judge's window is {e.window}: "
+                "retrieve fewer or shorter contexts, or take a judge with a larger window"
+            ) from None
+        self.calls_done += 1
+        self.on_call()
+        if record is not None:
+            record.calls.append(JudgedCall(response_model.__name__, prompt, entry))
+        if entry.finish == "length":
+            raise TruncatedError(f"the judge's answer was cut at {entry.output_tokens} tokens")
+        try:
+            answer = response_model.model_validate_json(entry.output)
+        except ValidationError as e:
+            first = e.errors()[0]
+            raise JudgeError(f"the judge's answer is not what was asked for: {first['msg']}") from None
+        if fault := breach(schema.tree, json.loads(entry.output)):
+            raise JudgeError(f"the judge's answer is not what was asked for: {fault}")
+        return answer
+
+    def key(self, prompt: str, schema: AnswerSchema) -> str:
+        """Content address of a call: sha256 over the judge's identity, the prompt and the schema."""
+        material = json.dumps([self.identity, prompt, schema.text], sort_keys=True)
+        return hashlib.sha256(material.encode()).hexdigest()[:32]
+
+    async def _once(self, key: str, prompt: str, schema: AnswerSchema) -> CallEntry:
+        entry = self._known.get(key) or (self.journal.call(key) if self.journal else None)
+        if entry is not None:
+            return entry
+        task = self._running.get(key)
+        if task is None:
+            task = self._running[key] = asyncio.ensure_future(self._compute(key, prompt, schema))
+            self._waiting[key] = 0
+        self._waiting[key] += 1
+        try:
+            return await asyncio.shield(task)
+        finally:
+            self._waiting[key] -= 1
+            if not self._waiting[key]:  # the last one to wait takes the call with it
+                task.cancel()
+                self._running.pop(key, None)
+
+    async def _compute(self, key: str, prompt: str, schema: AnswerSchema) -> CallEntry:
+        started = time.perf_counter()
+        entry = await self._ask(key, prompt, schema)
+        self.call_ms[key] = round((time.perf_counter() - started) * 1e3, 3)
+        if self.journal is not None:
+            self.journal.append(entry)
+        self._known[key] = entry
+        return entry
+
+
+class _TooLongError(Exception):
+    def __init__(self, needed: int, window: int) -> None:
+        self.needed = needed
+        self.window = window
+
+
+class EngineJudge(Judge):
+    """A judge that is a `ragate_engine.Engine` of this process: greedy, under a grammar."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        """`name` is what reports call it: a catalogue name or a path."""
+        self.engine = engine
+        self.description = engine.describe()
+        identity = self.description | {"template": self.render("probe"), "window": str(engine.max_len)}
+        super().__init__(name, identity)
+
+    def describe(self) -> dict[str, str]:
+        """The engine's own description: weights, quantization, tokenizer, backend, dtype, version."""
+        return self.description
+
+    def render(self, prompt: str) -> str:
+        """The token ids of the prompt inside the chat template."""
+        return " ".join(map(str, self.engine.chat_prompt([{"role": "user", "content": prompt}])))
+
+    def progress(self) -> int:
+        """Steps of the engine: it steps as long as any request, of whomever, is alive."""
+        return self.engine.usage().steps + self.calls_done
+
+    def usage(self) -> dict[str, Any]:
+        """The engine's counters since it started."""
+        return dict(vars(self.engine.usage()))
+
+    async def _ask(self, key: str, prompt: str, schema: AnswerSchema) -> CallEntry:
+        ids = self.engine.chat_prompt([{"role": "user", "content": prompt}])
+        room = self.engine.max_len - len(ids)
+        if room < schema.chars:
+            raise _TooLongError(len(ids) + schema.chars, self.engine.max_len)
+        params = SamplingParams(max_tokens=min(schema.octets, room), schema=schema.text, logprobs=LOGPROBS)
+        try:
+            completion = await asyncio.wrap_future(self.engine.submit(ids, params))
+        except (DeviceError, EngineClosedError) as e:
+            raise RunError(f"the judge's engine stopped: {e}; run again to go on from here") from e
+        return CallEntry(
+            key=key,
+            output=completion.text,
+            prompt_tokens=completion.prompt_tokens,
+            output_tokens=len(completion.tokens),
+            finish=completion.finish,
+            verdicts=verdict_probabilities(completion.text, completion.tokens),
+        )
+
+
+class UrlJudge(Judge):
+    """A judge behind an OpenAI-compatible endpoint: strict json_schema, temperature 0, logprobs if offered.
+
+    What the endpoint does not enforce is checked afterwards, so that a score is never made from a short list
+    or a verdict other than 0 and 1.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout: float = 600.0,
+        concurrency: int = 16,
+    ) -> None:
+        """`url` is the API's root, such as http://localhost:8000/v1; no `model` takes the first one it lists.
+
+        `timeout` is in seconds, per request; `concurrency` is how many run at once. Raises ConfigError when
+        the endpoint must name its model and cannot.
+        """
+        self.url = url.rstrip("/").removesuffix("/chat/completions")
+        self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.timeout = timeout
+        self.concurrency = concurrency
+        self.model = model or self._first_model()
+        self._client: httpx.AsyncClient | None = None
+        self._slots: asyncio.Semaphore | None = None
+        self._logprobs = True
+        super().__init__(self.url, {"url": self.url, "model": self.model})
+
+    def describe(self) -> dict[str, str]:
+        """The model's name: an endpoint does not say which weights it runs."""
+        return {"weights": f"unknown: {self.model} behind an endpoint", "backend": "http"}
+
+    def render(self, prompt: str) -> str:
+        """The prompt itself: the template is the endpoint's own."""
+        return prompt
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = self._slots = None
+
+    def _first_model(self) -> str:
+        import httpx
+
+        try:
+            response = httpx.get(f"{self.url}/models", headers=self.headers, timeout=30)
+            response.raise_for_status()
+            return str(response.json()["data"][0]["id"])
+        except (httpx.HTTPError, ValueError, LookupError, TypeError) as e:
+            raise ConfigError(f"judge {self.url}: it does not say which model it serves: {e}") from None
+
+    async def _ask(self, key: str, prompt: str, schema: AnswerSchema) -> CallEntry:
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": 0,
+            "max_tokens": schema.chars,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "strict": True, "schema": portable(schema.tree)},
+            },
+        }
+        if self._client is None or self._slots is None:
+            import httpx
+
+            self._client = httpx.AsyncClient(headers=self.headers, timeout=self.timeout)
+            self._slots = asyncio.Semaphore(self.concurrency)
+        async with self._slots:
+            answer = await self._post(body)
+        try:
+            choice = answer["choices"][0]
+            text, usage = choice["message"]["content"], answer.get("usage") or {}
+            tokens = _tokens_of(text, (choice.get("logprobs") or {}).get("content") or [])
+            return CallEntry(
+                key=key,
+                output=text,
+                prompt_tokens=usage.get("prompt_tokens", 0),
+                output_tokens=usage.get("completion_tokens", 0),
+                finish=choice.get("finish_reason") or "stop",
+                verdicts=verdict_probabilities(text, tokens),
+            )
+        except (LookupError, TypeError, AttributeError, ValidationError) as e:
+            raise JudgeError(f"judge {self.url}: not a chat completion: {e}") from None
+
+    async def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        import httpx
+
+        assert self._client is not None
+        failure = ""
+        for attempt in range(4):
+            if attempt:
+                await asyncio.sleep(0.5 * 2**attempt)
+            extra = {"logprobs": True, "top_logprobs": LOGPROBS} if self._logprobs else {}
+            try:
+                response = await self._client.post(f"{self.url}/chat/completions", json=body | extra)
+            except httpx.TimeoutException:
+                raise TimeoutError(f"judge {self.url}: no answer within {self.timeout:g} s") from None
+            except httpx.HTTPError as e:
+                failure = str(e) or type(e).__name__
+                continue
+            if response.status_code in (400, 422) and self._logprobs and "logprobs" in response.text:
+                self._logprobs = False
+                failure = "it refuses logprobs"
+                continue
+            if response.status_code in (429, 500, 502, 503, 504):
+                failure = f"status {response.status_code}"
+                continue
+            if response.is_error:
+                raise JudgeError(f"judge {self.url}: status {response.status_code}: {response.text[:200]}")
+            try:
+                return dict(response.json())
+            except ValueError:
+                raise JudgeError(f"judge {self.url}: its answer is not JSON: {response.text[:200]}") from None
+        raise JudgeError(f"judge {self.url}: {failure}, four times in a row")
+
+
+def _tokens_of(text: str, content: Sequence[dict[str, Any]]) -> tuple[TokenInfo, ...]:
+    """OpenAI's logprobs as tokens with offsets; nothing when they do not spell the text."""
+    if "".join(token["token"] for token in content) != text:
+        return ()
+    tokens, start = [], 0
+    for token in content:
+        top = tuple((t["token"], float(t["logprob"])) for t in token.get("top_logprobs") or ())
+        tokens.append(TokenInfo(id=-1, start=start, logprob=float(token["logprob"]), top=top))
+        start += len(token["token"])
+    return tuple(tokens)
+
+
+# Probes
+
+
+PROBE = ItemRecord(
+    id="probe",
+    question="What is asked?",
+    reference="This.",
+    answer="That.",
+    contexts=("The first.", "The second."),
+)
+
+
+async def probe_hash(metric: Metric, judge: Judge) -> str:
+    """sha256 over every prompt (inside the judge's chat template) and schema of `metric` for one fixed item.
+
+    It changes whenever ragas, pydantic, the chat template or our schemas change what the judge is asked.
+    """
+    probe = _Probe(judge)
+    await metric.scorer(probe, _ProbeEmbedding()).ascore(**metric.row(PROBE))
+    return probe.seen.hexdigest()
+
+
+class _Probe(InstructorBaseRagasLLM):  # type: ignore[misc]
+    is_async = True
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+        self.seen = hashlib.sha256()
+
+    async def agenerate(self, prompt: str, response_model: type[Output]) -> Output:
+        schema = answer_schema(response_model, prompt)
+        self.seen.update(json.dumps([self.judge.render(prompt), schema.text]).encode())
+        return response_model.model_validate(sample(schema.tree))
+
+    def generate(self, prompt: str, response_model: type[Output]) -> Output:
+        raise NotImplementedError
+
+
+class _ProbeEmbedding(BaseRagasEmbedding):  # type: ignore[misc]
+    def embed_text(self, text: str, **kwargs: Any) -> list[float]:
+        return [1.0]
+
+    async def aembed_text(self, text: str, **kwargs: Any) -> list[float]:
+        return [1.0]
