@@ -29,9 +29,9 @@ class Fields:
         raise ModelFileError(f"{self.path}: {reason}")
 
     def get(self, key: str, kind: type[T]) -> T | None:
-        """The value of `key`; `None` where missing or null. ModelFileError if it is not of `kind`.
+        """The value of `key`; `None` where missing or null; ModelFileError for another type.
 
-        An int passes for a float. A list of equal ints passes for an int: some files state a number per layer.
+        """The value of `key`; `None` where missing or null; ModelFileError for another type.
         """
         value = self.values.get(self.prefix + key)
         if value is None:
@@ -39,7 +39,7 @@ class Fields:
         if kind is int and isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
         if kind is float and type(value) is int:
-            value = float(value)
+            value = float(value) if abs(value) < 1 << 1000 else math.inf
         if not isinstance(value, kind) or (type(value) is bool and kind is not bool):
             self.refuse(f"{self.prefix}{key} is {str(value)[:40]!r}, expected {kind.__name__}")
         if isinstance(value, float) and not math.isfinite(value):

@@ -48,6 +48,10 @@ _SCALARS = {
     GGUFValueType.BOOL: "?",
 }
 _MAX_DIMS = 4  # GGML_MAX_DIMS
+_MAX_COUNT = 1 << 22
+"""No header has more entries, array items or tensors than this."""
+_MAX_TEXT = 1 << 24
+"""Bytes of the longest text in a header: a chat template, at most."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +88,15 @@ class _Header:
         self.at += item.size
         return value
 
-    def count(self, what: str, item_bytes: int) -> int:
+    def count(self, what: str, item_bytes: int, limit: int = _MAX_COUNT) -> int:
         """A uint64 count of things that take at least `item_bytes` each."""
         value = int(self.number("Q"))
-        if value * item_bytes > len(self.data) - self.at:
+        if value > limit or value * item_bytes > len(self.data) - self.at:
             raise ValueError(f"its header claims {value} {what}, more than the file can hold")
         return value
 
     def string(self) -> str:
-        size = self.count("bytes of text", 1)
+        size = self.count("bytes of text", 1, _MAX_TEXT)
         raw = self.data[self.at : self.at + size]
         self.at += size
         return raw.decode("utf-8")
@@ -242,6 +246,8 @@ def model_config(file: GGUFFile) -> ModelConfig:
     head_dim = meta.get("attention.key_length", int) or hidden // heads
     if meta.get("attention.value_length", int) not in (None, head_dim):
         meta.refuse("its keys and values differ in width, which this engine does not serve")
+    if head_dim < 2 or head_dim % 2:
+        meta.refuse(f"heads of {head_dim} values cannot be turned by a rope: fetch it again")
     window = meta.get("attention.sliding_window", int) or None
     # 27B models scale by the mean head width, not their own; llama.cpp tells them by depth, so do we.
     wide = (arch, layers) in (("gemma2", 46), ("gemma3", 62))
@@ -285,9 +291,10 @@ def window_layers(arch: str, layers: int) -> tuple[bool, ...]:
 def _rope(file: GGUFFile, meta: Fields, head_dim: int) -> RopeConfig:
     theta = meta.get("rope.freq_base", float)
     theta = 10_000.0 if theta is None else theta
-    share = (meta.get("rope.dimension_count", int) or head_dim) / head_dim
-    if theta <= 0 or not 0 < share <= 1 or (share < 1 and meta.prefix == "llama."):
-        meta.refuse(f"a rope of base {theta} over {share:.0%} of each head cannot be: fetch it again")
+    turned = meta.get("rope.dimension_count", int) or head_dim
+    share = turned / head_dim
+    if theta <= 0 or not 0 < share <= 1 or turned % 2 or (share < 1 and meta.prefix == "llama."):
+        meta.refuse(f"a rope of base {theta} over {turned} of {head_dim} values cannot be: fetch it again")
     kind = meta.get("rope.scaling.type", str) or "none"
     if any(name.startswith("rope_factors_") for name in file.tensors):
         kind = "longrope"
@@ -296,7 +303,10 @@ def _rope(file: GGUFFile, meta: Fields, head_dim: int) -> RopeConfig:
             f"its rope is scaled by {kind[:40]!r}, which this engine does not know: take a version without it"
         )
     if kind == "linear":
-        return RopeConfig(theta, "linear", factor=meta.need("rope.scaling.factor", float), partial=share)
+        factor = meta.need("rope.scaling.factor", float)
+        if factor <= 0:
+            meta.refuse(f"rope.scaling.factor is {factor}: fetch it again")
+        return RopeConfig(theta, "linear", factor=factor, partial=share)
     if "rope_freqs.weight" in file.tensors:
         return _llama3_rope(file, meta, theta, head_dim)
     return RopeConfig(theta, partial=share)

@@ -75,10 +75,14 @@ def model_config(folder: Path) -> ModelConfig:
     if not 1 <= layers <= _MAX_LAYERS or hidden < 1 or heads < 1:
         meta.refuse(f"{layers} layers of width {hidden} with {heads} heads cannot be")
     head_dim = meta.get("head_dim", int) or _HEAD_DIM.get(arch) or hidden // heads
+    if head_dim < 2 or head_dim % 2:
+        meta.refuse(f"heads of {head_dim} values cannot be turned by a rope")
     window = meta.get("sliding_window", int) or None
     if arch in ("qwen2", "qwen3") and not meta.get("use_sliding_window", bool):
         window = None
     scalar = meta.get("query_pre_attn_scalar", float) or 256.0
+    if scalar <= 0:
+        meta.refuse(f"query_pre_attn_scalar is {scalar}, which cannot be")
     rope, local_rope = _ropes(meta, arch)
     tied = meta.get("tie_word_embeddings", bool)
     try:
@@ -147,7 +151,7 @@ def _rope(stated: Fields, share: float) -> RopeConfig:
     kind = stated.get("rope_type", str) or stated.get("type", str) or "default"
     theta = stated.get("rope_theta", float) or 10_000.0
     share = stated.get("partial_rotary_factor", float) or share
-    if theta <= 0 or not 0 < share <= 1:
+    if theta <= 0 or not 0 < share <= 1 or (stated.get("factor", float) or 1.0) <= 0:
         stated.refuse(f"a rope of base {theta} over {share:.0%} of each head cannot be")
     if kind == "default":
         return RopeConfig(theta, partial=share)
