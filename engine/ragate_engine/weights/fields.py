@@ -31,7 +31,7 @@ class Fields:
     def get(self, key: str, kind: type[T]) -> T | None:
         """The value of `key`; `None` where missing or null; ModelFileError for another type.
 
-        """The value of `key`; `None` where missing or null; ModelFileError for another type.
+        An int passes for a float. A list of equal ints passes for an int: some state a number per layer.
         """
         value = self.values.get(self.prefix + key)
         if value is None:
