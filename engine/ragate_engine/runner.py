@@ -110,12 +110,16 @@ class Runner:
         position = np.concatenate(positions)
         table_of = np.concatenate(row_table)
         slots = tables[table_of, position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+        groups = attention_groups(rows, tables)
+        singles = sum(row.count == 1 for row in rows)
         step = StepInputs(
             positions=self._put(position),
             slots=self._put(slots.astype(np.int32)),
             row_table=self._put(table_of),
             tables=self._put(tables),
-            groups=self._put(attention_groups(rows, tables)),
+            groups=self._put(groups),
+            singles=singles,
+            single_groups=int((groups[:, 0] < singles).sum()),
         )
         logits = self.decoder.forward(self._put(np.array(ids)), step, self.kv, self._put(np.array(wanted, np.int64)))
         return [row for row in rows if row.wants_logits], logits

@@ -46,6 +46,10 @@ class StepInputs:
     """[R, B] block tables, padded with 0."""
     groups: torch.Tensor
     """[n, 3] rows read together: (first row, rows, leading blocks they share and that are full for all of them)."""
+    singles: int
+    """Leading rows that are one new token of a request each."""
+    single_groups: int
+    """Leading groups that hold those rows; the others are pieces of up to 16 tokens of one request."""
 
 
 def choose(device: torch.device, wanted: str) -> tuple[ModuleType, str]:
