@@ -191,12 +191,6 @@ def _tensor_info(header: _Header) -> TensorInfo:
 
 def read_tensor(file: GGUFFile, info: TensorInfo, rows: Rows = None) -> QuantTensor | torch.Tensor:
     """A tensor: dense ones as stored, quantized ones as `QuantTensor`; `rows` picks and orders its rows."""
-    if info.kind not in formats.SUPPORTED:
-        readable = ", ".join(kind.name for kind in formats.SUPPORTED)
-        raise ModelFileError(
-            f"{file.path}: tensor {info.name} has type {info.kind.name}, which this engine cannot read: "
-            f"take a file quantized as Q4_K_M or Q8_0, or made of {readable}"
-        )
     try:
         with open(file.path, "rb") as stream:
             stream.seek(info.offset)
@@ -205,10 +199,6 @@ def read_tensor(file: GGUFFile, info: TensorInfo, rows: Rows = None) -> QuantTen
         raise ModelFileError(f"{file.path} cannot be read: {error.strerror or error}") from None
     if data.size != info.nbytes:
         raise ModelFileError(f"{file.path} became shorter while it was read: fetch it again")
-    if len(info.shape) == 1 and info.kind not in formats.DENSE:
-        raise ModelFileError(
-            f"{file.path}: vector {info.name} is quantized ({info.kind.name}): convert it again"
-        )
     data = data.reshape(info.shape[0], -1)
     decoded = formats.decode(info.kind, data if rows is None else np.ascontiguousarray(data[rows]))
     return decoded.reshape(-1) if len(info.shape) == 1 and isinstance(decoded, torch.Tensor) else decoded
@@ -314,7 +304,9 @@ def _rope(file: GGUFFile, meta: Fields, head_dim: int) -> RopeConfig:
 
 def _llama3_rope(file: GGUFFile, meta: Fields, theta: float, head_dim: int) -> RopeConfig:
     """Llama 3.1 files store what each frequency is divided by: find the parameters that give that."""
-    stored = read_tensor(file, file.tensors["rope_freqs.weight"])
+    info = file.tensors["rope_freqs.weight"]
+    _require_readable(file, info)
+    stored = read_tensor(file, info)
     original = meta.get("rope.scaling.original_context_length", int) or 8192
     if isinstance(stored, torch.Tensor) and stored.shape == (head_dim // 2,) and bool((stored >= 1).all()):
         rope = RopeConfig(theta, "llama3", float(stored.max()), 1.0, 4.0, original)
@@ -340,12 +332,27 @@ def row_order(heads: int, head_dim: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
+def _require_readable(file: GGUFFile, info: TensorInfo) -> None:
+    """Raise ModelFileError for a tensor of a type that `formats` has no row for."""
+    if info.kind not in formats.SUPPORTED:
+        readable = ", ".join(kind.name for kind in formats.SUPPORTED)
+        raise ModelFileError(
+            f"{file.path}: tensor {info.name} has type {info.kind.name}, which this engine cannot read: "
+            f"take a file quantized as Q4_K_M or Q8_0, or made of {readable}"
+        )
+    if len(info.shape) == 1 and info.kind not in formats.DENSE:
+        raise ModelFileError(
+            f"{file.path}: vector {info.name} is quantized ({info.kind.name}): convert it again"
+        )
+
+
 def tensors(file: GGUFFile, config: ModelConfig) -> dict[str, Callable[[], QuantTensor | torch.Tensor]]:
     """A loader for each tensor, by canonical name. Raises ModelFileError where they do not fit `config`."""
     wanted = names.expected(config)
     loaders: dict[str, Callable[[], QuantTensor | torch.Tensor]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for info in file.tensors.values():
+        _require_readable(file, info)
         if info.name == "rope_freqs.weight":
             continue  # read into the configuration
         name = names.from_gguf(info.name)

@@ -211,8 +211,11 @@ def quantization(files: tuple[Path, ...]) -> str:
 
 
 def _read(file: Path, name: str, rows: slice | None, add_one: bool) -> torch.Tensor:
-    with _open(file) as opened:
-        tensor: torch.Tensor = opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
+    try:
+        with _open(file) as opened:
+            tensor: torch.Tensor = opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
+    except SafetensorError as error:
+        raise ModelFileError(f"{file} changed while it was read ({error}): fetch it again") from None
     # Gemma multiplies by (1 + w), in float32 whatever w is stored as.
     return 1.0 + tensor.float() if add_one else tensor.contiguous()
 

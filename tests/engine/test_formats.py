@@ -1,0 +1,115 @@
+"""Block formats: decoded to the bit as the `gguf` package decodes them."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import cached_model
+from ragate_engine.quant import formats
+from ragate_engine.quant.formats import DENSE, FORMATS, decode
+from ragate_engine.quant.tensor import QuantTensor
+from tiny_gguf import random_blocks
+
+
+def same_bits(ours: torch.Tensor, theirs: np.ndarray) -> bool:
+    """Equal bit for bit, but for the payload of NaNs."""
+    mine = ours.numpy()
+    return bool(
+        ((mine.view(np.uint32) == theirs.view(np.uint32)) | (np.isnan(mine) & np.isnan(theirs))).all()
+    )
+
+
+def test_every_listed_type_is_read():
+    blocks = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
+    assert {kind.name for kind in formats.SUPPORTED} == blocks | {"F16", "BF16", "F32"}
+    sizes = {18: "Q4_0", 20: "Q4_1", 22: "Q5_0", 24: "Q5_1", 34: "Q8_0"} | {
+        84: "Q2_K", 110: "Q3_K", 144: "Q4_K", 176: "Q5_K", 210: "Q6_K",
+    }  # fmt: skip
+    assert {form.block_bytes: kind.name for kind, form in FORMATS.items()} == sizes
+
+
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_block_decodes_to_the_bits_of_the_reference(kind, data):
+    size = FORMATS[kind].block_bytes
+    rows, blocks = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    raw = data.draw(st.binary(min_size=rows * blocks * size, max_size=rows * blocks * size))
+    stored = np.frombuffer(raw, np.uint8).reshape(rows, blocks * size)
+    with np.errstate(all="ignore"):
+        assert same_bits(decode(kind, stored).dequantize(), gguf.quants.dequantize(stored, kind))
+
+
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+def test_random_blocks_with_finite_scales_decode_to_the_bits_of_the_reference(kind):
+    stored = random_blocks(kind, 32, 2048, np.random.default_rng(1))
+    tensor = decode(kind, stored)
+    theirs = gguf.quants.dequantize(stored, kind)
+    assert np.isfinite(theirs).all()
+    assert same_bits(tensor.dequantize(), theirs)
+    low = 0 if tensor.offsets is not None else -(2 ** (tensor.bits - 1))
+    assert (tensor.codes.min().item(), tensor.codes.max().item()) == (low, low + 2**tensor.bits - 1)
+
+
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+def test_a_tensor_decoded_in_chunks_is_the_tensor_decoded_whole(kind, monkeypatch):
+    stored = random_blocks(kind, 7, 1024, np.random.default_rng(2))
+    whole = decode(kind, stored).dequantize()
+    monkeypatch.setattr(formats, "_CHUNK_BYTES", 3 * FORMATS[kind].block_bytes)
+    assert torch.equal(decode(kind, stored).dequantize(), whole)
+
+
+@pytest.mark.parametrize("kind", DENSE, ids=lambda kind: kind.name)
+def test_dense_tensors_keep_their_dtype_and_values(kind):
+    values = torch.tensor([[1.5, -2.0, 0.0], [3.0, -0.0, 1e-3]]).to(DENSE[kind])
+    stored = values.view(torch.uint8).numpy()
+    read = decode(kind, stored)
+    assert read.dtype == DENSE[kind]
+    assert torch.equal(read, values)
+    stored[:] = 0
+    assert torch.equal(read[0, 0], torch.tensor(1.5).to(DENSE[kind]))  # a copy, not a view
+
+
+def test_rows_of_a_tensor_are_the_rows_of_its_weights():
+    tensor = decode(Kind.Q4_K, random_blocks(Kind.Q4_K, 9, 512, np.random.default_rng(3)))
+    index = torch.tensor([8, 0, 0, 3])
+    assert torch.equal(tensor.rows(index).dequantize(), tensor.dequantize()[index])
+    assert torch.equal(tensor.rows(slice(2, 5)).dequantize(), tensor.dequantize()[2:5])
+    assert tensor.rows(index).shape == (4, 512)
+
+
+def test_dequantizing_to_another_dtype_rounds_once_at_the_end():
+    tensor = decode(Kind.Q6_K, random_blocks(Kind.Q6_K, 4, 256, np.random.default_rng(4)))
+    assert torch.equal(tensor.dequantize(torch.bfloat16), tensor.dequantize().to(torch.bfloat16))
+
+
+def test_codes_and_scales_that_do_not_fit_are_refused():
+    codes, scales = torch.zeros(2, 64, dtype=torch.uint8), torch.ones(2, 2)
+    with pytest.raises(ValueError, match="groups of 48"):
+        QuantTensor(4, 48, codes, scales, None, (2, 64))
+    with pytest.raises(ValueError, match="scales have shape"):
+        QuantTensor(4, 32, codes, torch.ones(2, 4), None, (2, 64))
+    with pytest.raises(ValueError, match="codes have shape"):
+        QuantTensor(4, 32, codes, scales, None, (4, 32))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["smollm2-135m", pytest.param("qwen-0.5b", marks=pytest.mark.slow),
+     pytest.param("gemma-3-270m", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_tensors_of_a_real_file_decode_to_the_bits_of_the_reference(name):
+    from ragate_engine.weights.gguf import read_header, read_tensor
+
+    file = read_header(cached_model(name))
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file.path).tensors}
+    quantized = [info for info in file.tensors.values() if info.kind in FORMATS and "blk.1" in info.name]
+    assert len(quantized) >= 7
+    for info in quantized:
+        ours = read_tensor(file, info).dequantize()
+        assert same_bits(ours, gguf.quants.dequantize(stored[info.name].data, info.kind)), info.name
