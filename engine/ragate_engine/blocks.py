@@ -92,8 +92,12 @@ class BlockPool:
     def check(self, held: Sequence[Sequence[int]] = ()) -> None:
         """Assert the invariants; `held` are the block tables of all live sequences, when the caller knows them."""
         assert all(count >= 0 for count in self._references), "negative reference count"
-        assert set(self._free) == {b for b, count in enumerate(self._references) if count == 0}, "free list is off"
-        assert {b: h for h, b in self._by_hash.items()} == {b: h for b, h in enumerate(self._hash) if h is not None}
+        assert set(self._free) == {b for b, count in enumerate(self._references) if count == 0}, (
+            "free list is off"
+        )
+        assert {b: h for h, b in self._by_hash.items()} == {
+            b: h for b, h in enumerate(self._hash) if h is not None
+        }
         counts = [0] * self.num_blocks
         for table in held:
             for block in table:

@@ -69,8 +69,16 @@ class ModelConfig:
     logit_soft_cap: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
-                     "head_dim", "max_len"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_len",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model field {name} must be positive, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
@@ -78,7 +86,9 @@ class ModelConfig:
                 f"model has {self.num_heads} heads, which is not a multiple of its {self.num_kv_heads} KV heads"
             )
         if self.window_layers and len(self.window_layers) != self.num_layers:
-            raise ConfigError(f"window_layers has {len(self.window_layers)} entries for {self.num_layers} layers")
+            raise ConfigError(
+                f"window_layers has {len(self.window_layers)} entries for {self.num_layers} layers"
+            )
 
     def window_of(self, layer: int) -> int | None:
         """The sliding window of `layer` in tokens, or `None` where it attends to everything."""

@@ -1,4 +1,4 @@
-"""`Engine`: the loop in its own thread. Requests go in as futures; plan, forward, choose, settle; completions come out."""
+"""`Engine`: the loop in its own thread. Plan, forward, settle, choose; completions come out as futures."""
 
 from __future__ import annotations
 
@@ -45,10 +45,14 @@ class Engine:
         started = time.perf_counter()
         self._checkpoint = checkpoint
         self._runner = Runner(checkpoint, self.config, progress)
-        self._usage = Usage(seconds={"load": time.perf_counter() - started, "plan": 0.0, "forward": 0.0, "choose": 0.0})
+        self._usage = Usage(
+            seconds={"load": time.perf_counter() - started, "plan": 0.0, "forward": 0.0, "choose": 0.0}
+        )
         pool = BlockPool(self._runner.kv.num_blocks, self.config.prefix_cache)
         self._scheduler = Scheduler(pool, self.config.max_batch, self.config.max_step_tokens, self._usage)
-        self._grammars = Grammars(checkpoint.tokenizer, self._runner.vocab_size) if checkpoint.tokenizer else None
+        self._grammars = (
+            Grammars(checkpoint.tokenizer, self._runner.vocab_size) if checkpoint.tokenizer else None
+        )
         self._next_id = 0
         self._inbox: list[Request] = []
         self._wake = threading.Condition()
@@ -158,7 +162,11 @@ class Engine:
                 self._step()
             self._fail_all(EngineClosedError("the engine was closed before this request was done"))
         except Exception as e:
-            error = e if isinstance(e, EngineError) else DeviceError(f"the engine stopped: {type(e).__name__}: {e}")
+            error = (
+                e
+                if isinstance(e, EngineError)
+                else DeviceError(f"the engine stopped: {type(e).__name__}: {e}")
+            )
             error.__cause__ = e if error is not e else None
             with self._wake:
                 self._failure = error
@@ -226,7 +234,8 @@ class Engine:
             if sampled and values is not None:
                 everything = np.ones(len(values), np.bool_) if allowed is None else allowed
                 token = sampling.sample(values, everything, params, len(request.tokens))
-            logprob, top = None, ()
+            logprob: float | None = None
+            top: tuple[tuple[str, float], ...] = ()
             if params.logprobs and values is not None:
                 logprob = float(values[token]) - sums[i]
                 top = tuple(
@@ -236,7 +245,11 @@ class Engine:
             self._accept(request, token, logprob, top)
 
     def _token_text(self, token: int) -> str:
-        return self._checkpoint.tokenizer.token_bytes(token).decode("utf-8", "replace") if self._checkpoint.tokenizer else ""
+        return (
+            self._checkpoint.tokenizer.token_bytes(token).decode("utf-8", "replace")
+            if self._checkpoint.tokenizer
+            else ""
+        )
 
     def _accept(
         self, request: Request, token: int, logprob: float | None, top: tuple[tuple[str, float], ...]
@@ -251,11 +264,11 @@ class Engine:
                 self._complete(request, "stop")
                 return
             self._extend(request, [token], logprob=logprob, top=top)
-            if request.status is Status.FINISHED:
+            if request.done:
                 return
             if request.grammar is not None:
                 self._extend(request, request.grammar.forced(), forced=True)
-                if request.status is not Status.FINISHED and request.grammar.complete:
+                if not request.done and request.grammar.complete:
                     self._complete(request, "stop")
         except GrammarError as e:
             self._fail(request, e)
@@ -321,7 +334,9 @@ class Engine:
             self._fail(request, error)
 
 
-def generate(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, **kwargs: Any) -> list[Completion]:
+def generate(
+    engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, **kwargs: Any
+) -> list[Completion]:
     """Complete all `prompts` at once and wait: a convenience for scripts and tests."""
     futures = [engine.submit(prompt, params) for prompt in prompts]
     return [future.result(**kwargs) for future in futures]

@@ -37,7 +37,9 @@ class Grammars:
             raise GrammarError(f"the schema is not JSON or not a JSON schema: {e}") from None
         problem = llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer)
         if problem:
-            raise GrammarError(f"the schema cannot be compiled to a grammar: {problem.strip().splitlines()[0]}")
+            raise GrammarError(
+                f"the schema cannot be compiled to a grammar: {problem.strip().splitlines()[0]}"
+            )
         return grammar
 
     def start(self, schema: str) -> GrammarState:

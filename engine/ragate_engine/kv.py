@@ -19,7 +19,12 @@ class KVCache:
     """K and V tensors per layer, in the layout of the kernels that read them."""
 
     def __init__(
-        self, config: ModelConfig, num_blocks: int, kernels: ModuleType, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        kernels: ModuleType,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.num_blocks = num_blocks
         try:

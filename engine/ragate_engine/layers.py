@@ -32,7 +32,11 @@ class Linear:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        stacked = torch.cat([dense(w, dtype, device) for w in weights]) if len(weights) > 1 else dense(weights[0], dtype, device)
+        stacked = (
+            torch.cat([dense(w, dtype, device) for w in weights])
+            if len(weights) > 1
+            else dense(weights[0], dtype, device)
+        )
         self.packed = kernels.pack_linear(stacked)
         self.bias = torch.cat([b.to(device=device, dtype=dtype) for b in biases]) if biases else None
         self.kernels = kernels
@@ -81,7 +85,9 @@ def rope_tables(
             rope.high_freq_factor - rope.low_freq_factor
         )
         blended = (1 - smooth) * inverse / rope.factor + smooth * inverse
-        inverse = np.where(wavelength > low, inverse / rope.factor, np.where(wavelength < high, inverse, blended))
+        inverse = np.where(
+            wavelength > low, inverse / rope.factor, np.where(wavelength < high, inverse, blended)
+        )
     angles = np.arange(max_len, dtype=np.float64)[:, None] * inverse
     return (
         torch.from_numpy(np.cos(angles).astype(np.float32)).to(device),

@@ -56,13 +56,19 @@ class Layer:
         self.shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, 2 * tables[0].shape[1])
 
     def __call__(
-        self, h: torch.Tensor, delta: torch.Tensor | None, step: StepInputs, kv: tuple[torch.Tensor, torch.Tensor]
+        self,
+        h: torch.Tensor,
+        delta: torch.Tensor | None,
+        step: StepInputs,
+        kv: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         """h [M, hidden] is updated in place (it takes in `delta`); returns what the next norm must add to it."""
         ops, eps = self.kernels, self.config.norm_eps
         qkv = self.qkv(ops.rms_norm(h, delta, self.attn_norm, eps))
         ops.rope_write_kv(qkv, self.q_norm, self.k_norm, eps, self.cos, self.sin, step, *kv, self.shape)
-        out = self.o(ops.attention(qkv, *kv, step, self.shape, self.scale, self.window, self.config.attn_soft_cap))
+        out = self.o(
+            ops.attention(qkv, *kv, step, self.shape, self.scale, self.window, self.config.attn_soft_cap)
+        )
         if self.attn_post_norm is not None:
             out = ops.rms_norm(out, None, self.attn_post_norm, eps)
         gate_up = self.gate_up(ops.rms_norm(h, out, self.mlp_norm, eps))

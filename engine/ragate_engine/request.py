@@ -104,8 +104,15 @@ class Request:
     grammar: GrammarState | None = None
     output: list[TokenInfo] = field(default_factory=list)
     text: str = ""
-    decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+    decoder: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
+    )
     """Turns the bytes of output tokens into `text`; holds back half a character."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self.status is Status.FINISHED
 
     @property
     def missing(self) -> int:

@@ -30,7 +30,9 @@ def pick_device(wanted: str) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     if wanted == "cuda":
-        raise DeviceError("no NVIDIA card is usable here (torch.cuda.is_available() is false): use device cpu or auto")
+        raise DeviceError(
+            "no NVIDIA card is usable here (torch.cuda.is_available() is false): use device cpu or auto"
+        )
     return torch.device("cpu")
 
 
@@ -38,7 +40,10 @@ class Runner:
     """Owns the device: weights, KV cache, kernels."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: EngineConfig, progress: Callable[[int, int], None] = lambda d, t: None
+        self,
+        checkpoint: Checkpoint,
+        config: EngineConfig,
+        progress: Callable[[int, int], None] = lambda d, t: None,
     ) -> None:
         self.device = pick_device(config.device)
         self.dtype = {
@@ -50,7 +55,9 @@ class Runner:
         model = checkpoint.config
         self.max_len = min(config.max_len or model.max_len, model.max_len)
         # the C kernels hold float32 and walk a head sixteen floats at a time
-        plain = self.device.type == "cpu" and (self.dtype != torch.float32 or model.head_dim % BLOCK_SIZE != 0)
+        plain = self.device.type == "cpu" and (
+            self.dtype != torch.float32 or model.head_dim % BLOCK_SIZE != 0
+        )
         self.kernels, self.backend = choose(self.device, "reference" if plain else config.kernels)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -63,7 +70,8 @@ class Runner:
         except torch.OutOfMemoryError as e:
             free = torch.cuda.mem_get_info()[0] / 2**30
             raise OutOfMemoryError(
-                f"the weights of this model do not fit {self.device} ({free:.1f} GiB left): use a smaller model or device cpu"
+                f"the weights of this model do not fit {self.device} ({free:.1f} GiB left): "
+                "use a smaller model or device cpu"
             ) from e
         per_block = block_bytes(model, self.dtype)
         # never more than max_batch sequences of the longest kind could use
@@ -121,7 +129,9 @@ class Runner:
             singles=singles,
             single_groups=int((groups[:, 0] < singles).sum()),
         )
-        logits = self.decoder.forward(self._put(np.array(ids)), step, self.kv, self._put(np.array(wanted, np.int64)))
+        logits = self.decoder.forward(
+            self._put(np.array(ids)), step, self.kv, self._put(np.array(wanted, np.int64))
+        )
         return [row for row in rows if row.wants_logits], logits
 
     def _put(self, array: npt.NDArray[np.generic]) -> torch.Tensor:

@@ -46,7 +46,9 @@ def likeliest(logits: Logits, allowed: npt.NDArray[np.bool_] | None, count: int)
     ids = np.arange(len(logits)) if allowed is None else np.flatnonzero(allowed)
     values = logits[ids]
     if len(ids) > 16 * count:
-        near = np.flatnonzero(values > values.max() - 8.0)  # far cheaper than a partial sort, and nearly always enough
+        near = np.flatnonzero(
+            values > values.max() - 8.0
+        )  # far cheaper than a partial sort, and nearly always enough
         if len(near) < count:
             near = np.flatnonzero(values >= np.partition(values, -count)[-count])
         ids, values = ids[near], values[near]

@@ -45,7 +45,9 @@ class Pipeline:
         self.prompt = prompt
         self.model = model
         self.max_tokens = max_tokens
-        self.chunks = [c for text in read_documents(Path(documents)).values() for c in split(text, chunk_words)]
+        self.chunks = [
+            c for text in read_documents(Path(documents)).values() for c in split(text, chunk_words)
+        ]
         self._index = BM25Okapi([words_of(chunk) for chunk in self.chunks])
 
     def retrieve(self, question: str) -> list[str]:
@@ -57,7 +59,9 @@ class Pipeline:
     def messages(self, question: str, contexts: list[str]) -> list[dict[str, str]]:
         """The conversation that the writer completes."""
         passages = "\n\n".join(f"[{i}] {context}" for i, context in enumerate(contexts, 1))
-        return [{"role": "user", "content": f"{self.prompt}\n\nPassages:\n{passages}\n\nQuestion: {question}"}]
+        return [
+            {"role": "user", "content": f"{self.prompt}\n\nPassages:\n{passages}\n\nQuestion: {question}"}
+        ]
 
     async def __call__(self, question: str) -> dict[str, Any]:
         """Answer one question: {"answer": str, "contexts": [str]}."""

@@ -36,7 +36,11 @@ def tiny_config(name: str):
         "llama3-rope": lambda: tf.LlamaConfig(
             **TINY,
             rope_parameters=dict(
-                rope_type="llama3", rope_theta=10000.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                rope_type="llama3",
+                rope_theta=10000.0,
+                factor=4.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
                 original_max_position_embeddings=64,
             ),
         ),
@@ -73,7 +77,10 @@ def test_logits_of_a_tiny_random_model_equal_transformers(name: str, kernels: st
 
     torch.manual_seed(7)
     model = tf.AutoModelForCausalLM.from_config(tiny_config(name), attn_implementation="eager").eval()
-    for p_name, p in model.named_parameters():  # norms and biases are 1 and 0 when fresh: that would hide mistakes
+    for (
+        p_name,
+        p,
+    ) in model.named_parameters():  # norms and biases are 1 and 0 when fresh: that would hide mistakes
         if p.ndim == 1:
             p.data += torch.randn_like(p) * 0.2
         assert torch.isfinite(p).all(), p_name
@@ -93,7 +100,9 @@ def test_greedy_text_of_a_real_model_equals_transformers(name: str) -> None:
     import transformers as tf
 
     path = cached_model(name)
-    reference = tf.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    reference = tf.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
     with Engine.load(path, EngineConfig(device="cpu")) as engine:
         bos = [engine.tokenizer.bos_id] if engine.tokenizer.add_bos else []
         prompts = [[*bos, *engine.tokenizer.encode(text)] for text in PROMPTS]

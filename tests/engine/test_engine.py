@@ -25,7 +25,10 @@ from ragate_engine import (
 VERDICT = json.dumps(
     {
         "type": "object",
-        "properties": {"reason": {"type": "string", "pattern": '^[^\\x00-\\x1f"\\\\]{3,60}$'}, "verdict": {"enum": [0, 1]}},
+        "properties": {
+            "reason": {"type": "string", "pattern": '^[^\\x00-\\x1f"\\\\]{3,60}$'},
+            "verdict": {"enum": [0, 1]},
+        },
         "required": ["reason", "verdict"],
         "additionalProperties": False,
     }
@@ -47,7 +50,9 @@ def ask(engine: Engine, text: str, **params) -> Completion:
 
 
 def test_a_greedy_answer_is_the_known_one(engine: Engine) -> None:
-    prompt = engine.chat_prompt([{"role": "user", "content": "What is the capital of France? Answer in one sentence."}])
+    prompt = engine.chat_prompt(
+        [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+    )
     completion = engine.submit(prompt, SamplingParams(max_tokens=64)).result(timeout=60)
     assert completion.text == "The capital of France is Paris."
     assert completion.finish == "stop"
@@ -57,7 +62,9 @@ def test_a_greedy_answer_is_the_known_one(engine: Engine) -> None:
 def workload(engine: Engine) -> list[tuple[list[int], SamplingParams]]:
     """Greedy, sampled and grammar-bound requests of mixed lengths, many behind one shared head."""
     rng = random.Random(0)
-    head = engine.tokenizer.encode("You judge whether a claim is supported by its context. Be strict and brief.\n" * 12)
+    head = engine.tokenizer.encode(
+        "You judge whether a claim is supported by its context. Be strict and brief.\n" * 12
+    )
     out = []
     for i, text in enumerate(PROMPTS[:12]):
         own = engine.tokenizer.encode(text)
@@ -98,7 +105,9 @@ def test_bits_do_not_depend_on_batch_chunk_cache_or_preemption(engine: Engine) -
 
 
 def test_json_follows_the_schema_in_its_order_and_offsets_point_into_the_text(engine: Engine) -> None:
-    c = ask(engine, "Is water wet? Give a reason and a verdict.\n", max_tokens=100, schema=VERDICT, logprobs=8)
+    c = ask(
+        engine, "Is water wet? Give a reason and a verdict.\n", max_tokens=100, schema=VERDICT, logprobs=8
+    )
     data = json.loads(c.text)
     assert list(data) == ["reason", "verdict"]
     assert data["verdict"] in (0, 1)
@@ -112,8 +121,8 @@ def test_json_follows_the_schema_in_its_order_and_offsets_point_into_the_text(en
 
 
 def test_constants_in_a_schema_cost_no_sampling(engine: Engine) -> None:
-    schema = json.dumps({"type": "object", "properties": {"a": {"const": "some long constant text"}, "b": {"enum": [0, 1]}},
-                         "required": ["a", "b"], "additionalProperties": False})  # fmt: skip
+    fields = {"a": {"const": "some long constant text"}, "b": {"enum": [0, 1]}}
+    schema = json.dumps({"type": "object", "properties": fields, "required": ["a", "b"]})
     before = engine.usage()
     c = ask(engine, "x", max_tokens=64, schema=schema)
     after = engine.usage()

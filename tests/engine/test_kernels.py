@@ -7,6 +7,7 @@ import pytest
 import torch
 from ragate_engine.kernels import HeadShape, StepInputs, cpu, reference
 
+
 def interpreted_triton():
     """The Triton kernels through the interpreter, where triton is installed (tests/conftest.py asks for it)."""
     try:
@@ -36,7 +37,9 @@ def test_linear_is_the_matrix_product_for_any_row_count(ops, inner: int, outer: 
     full = ops.linear(x, packed, bias)
     expected = x.double() @ weight.double().T + bias
     assert (full - expected).norm() / expected.norm() < 1e-6
-    for first, rows in [] if ops not in EXACT else [(0, 1), (3, 1), (7, 2), (0, 12), (64, 13), (0, 97), (1, 129)]:
+    for first, rows in (
+        [] if ops not in EXACT else [(0, 1), (3, 1), (7, 2), (0, 12), (64, 13), (0, 97), (1, 129)]
+    ):
         part = ops.linear(x[first : first + rows].contiguous(), packed, bias)
         assert torch.equal(part, full[first : first + rows])
 
@@ -59,7 +62,9 @@ def test_rms_norm_adds_the_residual_and_normalizes(ops, width: int) -> None:
 @pytest.mark.parametrize(("activation", "width"), [("silu", 64), ("gelu_tanh", 64), ("silu", 21)])
 def test_act_mul_gates_the_up_projection(ops, activation: str, width: int) -> None:
     torch.manual_seed(2)
-    x = torch.cat([torch.randn(3, 2 * width) * 5, torch.full((1, 2 * width), -1e4), torch.full((1, 2 * width), 200.0)])
+    x = torch.cat(
+        [torch.randn(3, 2 * width) * 5, torch.full((1, 2 * width), -1e4), torch.full((1, 2 * width), 200.0)]
+    )
     gate, up = x.double().chunk(2, -1)
     f = torch.nn.functional
     acted = f.silu(gate) if activation == "silu" else f.gelu(gate, approximate="tanh")
@@ -69,14 +74,18 @@ def test_act_mul_gates_the_up_projection(ops, activation: str, width: int) -> No
 class Sequences:
     """Random sequences with their KV in blocks scattered over a pool; `shared` leading blocks are common to all."""
 
-    def __init__(self, ops, lengths: list[int], shape: HeadShape, shared: int = 0, junk: float = float("nan")) -> None:
+    def __init__(
+        self, ops, lengths: list[int], shape: HeadShape, shared: int = 0, junk: float = float("nan")
+    ) -> None:
         torch.manual_seed(3)
         self.ops, self.shape, self.lengths = ops, shape, lengths
         counts = [-(-n // 16) for n in lengths]
         pool = torch.randperm(sum(counts) + 3).tolist()
         common = [pool.pop() for _ in range(shared)]
         self.tables = [common + [pool.pop() for _ in range(c - shared)] for c in counts]
-        self.k, self.v = ops.make_kv(sum(counts) + 3, shape.kv_heads, shape.head_dim, torch.float32, torch.device("cpu"))
+        self.k, self.v = ops.make_kv(
+            sum(counts) + 3, shape.kv_heads, shape.head_dim, torch.float32, torch.device("cpu")
+        )
         self.k.fill_(junk)
         self.v.fill_(junk)
         width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
@@ -94,7 +103,10 @@ class Sequences:
         position = np.concatenate([np.arange(start, start + count) for _, start, count in rows])
         owner = np.concatenate([np.full(count, i) for i, _, count in rows])
         slots = tables[owner, position // 16] * 16 + position % 16
-        tensors = [torch.from_numpy(np.ascontiguousarray(a, np.int32)) for a in (position, slots, owner, tables, groups)]
+        tensors = [
+            torch.from_numpy(np.ascontiguousarray(a, np.int32))
+            for a in (position, slots, owner, tables, groups)
+        ]
         singles = sum(count == 1 for _, _, count in rows)
         return StepInputs(*tensors, singles=singles, single_groups=sum(g[0] < singles for g in groups))
 
@@ -215,7 +227,13 @@ def test_avx2_and_avx512_builds_give_the_same_bits(tmp_path, monkeypatch) -> Non
         sequences = Sequences(cpu, [150], HeadShape(9, 3, 64, 64))
         attended = sequences.run([(0, 0, 150)], pieces([(0, 0, 150)]))
         mask = torch.full((29, 7), -1, dtype=torch.int32)
-        return [y, attended, cpu.act_mul(y, "silu"), cpu.rms_norm(y.clone(), None, torch.randn(200), 1e-5), *cpu.pick(y, mask)]
+        return [
+            y,
+            attended,
+            cpu.act_mul(y, "silu"),
+            cpu.rms_norm(y.clone(), None, torch.randn(200), 1e-5),
+            *cpu.pick(y, mask),
+        ]
 
     here = everything()
     library = ctypes.CDLL(str(plain))

@@ -21,7 +21,9 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize(("inner", "outer"), [(1536, 2048), (8960, 1536), (1536, 151936), (576, 1536), (40, 27)])
+@pytest.mark.parametrize(
+    ("inner", "outer"), [(1536, 2048), (8960, 1536), (1536, 151936), (576, 1536), (40, 27)]
+)
 def test_linear_is_right_and_its_rows_keep_their_bits(inner: int, outer: int) -> None:
     from ragate_engine.kernels import triton as ops
 
@@ -31,13 +33,17 @@ def test_linear_is_right_and_its_rows_keep_their_bits(inner: int, outer: int) ->
     full = ops.linear(x, ops.pack_linear(w), None)
     assert error(full, x.double() @ w.double().T) < 4e-3
     for first, rows in [(0, 1), (5, 1), (3, 16), (0, 17), (100, 64), (0, 65), (9, 300), (0, 999)]:
-        assert torch.equal(ops.linear(x[first : first + rows].contiguous(), w, None), full[first : first + rows])
+        assert torch.equal(
+            ops.linear(x[first : first + rows].contiguous(), w, None), full[first : first + rows]
+        )
 
 
 @pytest.mark.parametrize("shape", [HeadShape(9, 3, 64, 64), HeadShape(12, 2, 128, 128), HeadShape(32, 8, 128, 128),
                                    HeadShape(4, 1, 256, 256), HeadShape(8, 8, 80, 40)], ids=str)  # fmt: skip
 @pytest.mark.parametrize(("window", "cap"), [(None, None), (300, None), (None, 30.0)])
-def test_attention_is_right_and_its_rows_keep_their_bits(shape: HeadShape, window: int | None, cap: float | None) -> None:
+def test_attention_is_right_and_its_rows_keep_their_bits(
+    shape: HeadShape, window: int | None, cap: float | None
+) -> None:
     from ragate_engine.kernels import triton as ops
 
     torch.manual_seed(1)
@@ -67,7 +73,10 @@ def test_attention_is_right_and_its_rows_keep_their_bits(shape: HeadShape, windo
         kernels.rope_write_kv(qkv, *norms, 1e-6, cos, sin, step, k, v, shape)
         return kernels.attention(qkv, k, v, step, shape, shape.head_dim**-0.5, window, cap)
 
-    caches = {ops: reference.make_kv(blocks + 5, shape.kv_heads, shape.head_dim, torch.bfloat16, CARD) for ops in (ops, reference)}
+    caches = {
+        ops: reference.make_kv(blocks + 5, shape.kv_heads, shape.head_dim, torch.bfloat16, CARD)
+        for ops in (ops, reference)
+    }
     for k, v in caches.values():
         k.fill_(float("nan")), v.fill_(float("nan"))
     whole = run(ops, *caches[ops], 0, length)
@@ -92,7 +101,10 @@ def test_rowwise_kernels_are_right() -> None:
         assert torch.equal(ops.rms_norm(h[4:5].clone(), x[4:5], w, 1e-5), y[4:5])
         for activation in ("silu", "gelu_tanh"):
             gate_up = torch.randn(9, 2 * width, device=CARD, dtype=torch.bfloat16)
-            assert error(ops.act_mul(gate_up, activation), reference.act_mul(gate_up, activation).double()) < 4e-3
+            assert (
+                error(ops.act_mul(gate_up, activation), reference.act_mul(gate_up, activation).double())
+                < 4e-3
+            )
     logits = torch.randn(70, 151936, device=CARD)
     logits[3, 500] = logits[3, 90000] = 40.0
     mask = torch.randint(-(2**31), 2**31 - 1, (70, 4748), device=CARD, dtype=torch.int32)
@@ -112,7 +124,12 @@ def answers(engine: Engine) -> list[Completion]:
     for i in range(200):
         prompt = [*heads[i % 3], *(rng.randrange(100, 30000) for _ in range(rng.randrange(1, 400)))]
         temperature = 0.7 if i % 5 == 0 else 0.0
-        requests.append((prompt, SamplingParams(max_tokens=rng.randrange(1, 24), logprobs=2, temperature=temperature, seed=i)))
+        requests.append(
+            (
+                prompt,
+                SamplingParams(max_tokens=rng.randrange(1, 24), logprobs=2, temperature=temperature, seed=i),
+            )
+        )
     futures = [engine.submit(*request) for request in requests]
     return [future.result(timeout=600) for future in futures]
 

@@ -126,7 +126,16 @@ def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.
 def rms_norm(h: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """h [M, D] += x [M, D] unless None; returns h / rms(h) * weight."""
     y = torch.empty_like(h)
-    _call("rg_rms_norm", _ptr(h), _ptr(x), _ptr(weight), _ptr(y), c_long(h.shape[0]), c_long(h.shape[1]), c_float(eps))
+    _call(
+        "rg_rms_norm",
+        _ptr(h),
+        _ptr(x),
+        _ptr(weight),
+        _ptr(y),
+        c_long(h.shape[0]),
+        c_long(h.shape[1]),
+        c_float(eps),
+    )
     return y
 
 

@@ -11,7 +11,17 @@ from ragate_engine.kernels.triton.rowwise import act_mul, pick, rms_norm, rope_w
 
 NAME = "triton-1"
 
-__all__ = ["NAME", "act_mul", "attention", "linear", "make_kv", "pack_linear", "pick", "rms_norm", "rope_write_kv"]
+__all__ = [
+    "NAME",
+    "act_mul",
+    "attention",
+    "linear",
+    "make_kv",
+    "pack_linear",
+    "pick",
+    "rms_norm",
+    "rope_write_kv",
+]
 
 
 def pack_linear(weight: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ PIECE = 16
 
 
 @triton.jit
-def _attention(  # type: ignore[no-untyped-def]
+def _attention(
     qkv, k_cache, v_cache, out, positions, row_table, tables, pieces, table_width, scale, window, cap,
     H: tl.constexpr, KVH: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr,
     BM: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,

@@ -15,7 +15,9 @@ BLOCK_K = 64
 
 
 @triton.jit
-def _linear(x, w, bias, y, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _linear(
+    x, w, bias, y, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr
+):
     tiles_n = tl.cdiv(N, BN)
     rows = (tl.program_id(0) // tiles_n) * BM + tl.arange(0, BM)
     columns = (tl.program_id(0) % tiles_n) * BN + tl.arange(0, BN)
@@ -23,8 +25,12 @@ def _linear(x, w, bias, y, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.c
     acc = tl.zeros((BM, BN), tl.float32)
     for k0 in range(0, K, BK):
         k = k0 + ks
-        a = tl.load(x + rows[:, None].to(tl.int64) * K + k[None, :], (rows[:, None] < M) & (k[None, :] < K), 0.0)
-        b = tl.load(w + columns[None, :].to(tl.int64) * K + k[:, None], (columns[None, :] < N) & (k[:, None] < K), 0.0)
+        a = tl.load(
+            x + rows[:, None].to(tl.int64) * K + k[None, :], (rows[:, None] < M) & (k[None, :] < K), 0.0
+        )
+        b = tl.load(
+            w + columns[None, :].to(tl.int64) * K + k[:, None], (columns[None, :] < N) & (k[:, None] < K), 0.0
+        )
         acc = tl.dot(a, b, acc, input_precision="ieee")
     if HAS_BIAS:
         acc += tl.load(bias + columns, columns < N, 0.0).to(tl.float32)[None, :]

@@ -14,13 +14,15 @@ from ragate_engine.kernels import HeadShape, StepInputs
 
 
 @triton.jit
-def _rms_norm(h, x, weight, y, D, eps, BD: tl.constexpr, ADD: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rms_norm(h, x, weight, y, D, eps, BD: tl.constexpr, ADD: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * D
     d = tl.arange(0, BD)
     inside = d < D
     value = tl.load(h + at + d, inside, 0.0)
     if ADD:
-        value = (value.to(tl.float32) + tl.load(x + at + d, inside, 0.0).to(tl.float32)).to(h.dtype.element_ty)
+        value = (value.to(tl.float32) + tl.load(x + at + d, inside, 0.0).to(tl.float32)).to(
+            h.dtype.element_ty
+        )
         tl.store(h + at + d, value, inside)
     wide = value.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / D + eps)
@@ -33,13 +35,21 @@ def rms_norm(h: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor, eps:
     y = torch.empty_like(h)
     width = h.shape[1]
     _rms_norm[(h.shape[0],)](
-        h, x if x is not None else h, weight, y, width, eps, triton.next_power_of_2(width), x is not None, num_warps=4
+        h,
+        x if x is not None else h,
+        weight,
+        y,
+        width,
+        eps,
+        triton.next_power_of_2(width),
+        x is not None,
+        num_warps=4,
     )
     return y
 
 
 @triton.jit
-def _rope_write_kv(  # type: ignore[no-untyped-def]
+def _rope_write_kv(
     qkv, q_norm, k_norm, cos, sin, positions, slots, k_cache, v_cache, eps,
     H: tl.constexpr, KVH: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
     NORM: tl.constexpr,
@@ -50,7 +60,11 @@ def _rope_write_kv(  # type: ignore[no-untyped-def]
     to = tl.load(slots + m).to(tl.int64) * (KVH * D)
     d = tl.arange(0, BD)
     if head >= H + KVH:
-        tl.store(v_cache + to + (head - H - KVH) * D + d, tl.load(row + d, d < D, 0.0).to(v_cache.dtype.element_ty), d < D)
+        tl.store(
+            v_cache + to + (head - H - KVH) * D + d,
+            tl.load(row + d, d < D, 0.0).to(v_cache.dtype.element_ty),
+            d < D,
+        )
     else:
         # each thread reads and writes the same places, so turning in place is safe
         e = tl.arange(0, BH)
@@ -62,8 +76,16 @@ def _rope_write_kv(  # type: ignore[no-untyped-def]
         if NORM:
             norm = q_norm if head < H else k_norm
             scale = 1.0 / tl.sqrt((tl.sum(a * a + b * b, 0) + tl.sum(r * r, 0)) / D + eps)
-            a = (a * scale * tl.load(norm + e, turned, 0.0).to(tl.float32)).to(qkv.dtype.element_ty).to(tl.float32)
-            b = (b * scale * tl.load(norm + HALF + e, turned, 0.0).to(tl.float32)).to(qkv.dtype.element_ty).to(tl.float32)
+            a = (
+                (a * scale * tl.load(norm + e, turned, 0.0).to(tl.float32))
+                .to(qkv.dtype.element_ty)
+                .to(tl.float32)
+            )
+            b = (
+                (b * scale * tl.load(norm + HALF + e, turned, 0.0).to(tl.float32))
+                .to(qkv.dtype.element_ty)
+                .to(tl.float32)
+            )
             r = r * scale * tl.load(norm + d, rest, 0.0).to(tl.float32)
         place = tl.load(positions + m).to(tl.int64) * HALF
         c = tl.load(cos + place + e, turned, 0.0)
@@ -104,7 +126,7 @@ def rope_write_kv(
 
 
 @triton.jit
-def _act_mul(x, y, F, BF: tl.constexpr, GELU: tl.constexpr):  # type: ignore[no-untyped-def]
+def _act_mul(x, y, F, BF: tl.constexpr, GELU: tl.constexpr):
     m = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BF + tl.arange(0, BF)
     g = tl.load(x + m * 2 * F + f, f < F, 0.0).to(tl.float32)
@@ -124,7 +146,7 @@ def act_mul(x: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 @triton.jit
-def _pick(logits, mask, ids, lse, V, words, BV: tl.constexpr):  # type: ignore[no-untyped-def]
+def _pick(logits, mask, ids, lse, V, words, BV: tl.constexpr):
     m = tl.program_id(0)
     row = logits + m.to(tl.int64) * V
     lanes = tl.arange(0, BV)
