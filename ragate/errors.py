@@ -28,6 +28,10 @@ class TargetError(RagateError):
     """The system under test cannot be reached or is not what its spec says (not: one answer failed)."""
 
 
+class TargetAnswerError(Exception):
+    """The system under test failed on one item: a state of that item, not the end of the run."""
+
+
 class CatalogError(RagateError):
     """A model is unknown, cannot be fetched or fails its sha256."""
 
