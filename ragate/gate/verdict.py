@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ragate.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS, ConfigError
 from ragate.gate.baseline import SAME, ItemChange, changed_items, diff_fields, mean
@@ -35,6 +35,16 @@ DETECTABLE = 2.486
 """Normal quantiles of 95 % confidence and 80 % power: 2.486 s/sqrt(n) is the least drop seen reliably."""
 INTACT, BROKEN = 0.8, 0.2
 """A critical item breaks when its score goes from `INTACT` or more to `BROKEN` or less."""
+
+
+ACCEPT = "if the change is wanted, `ragate baseline set` accepts it as the new baseline"
+
+
+class Reason(NamedTuple):
+    """Why a comparison is invalid, and what to do about it."""
+
+    text: str
+    way_out: str
 
 
 class MetricVerdict(Frozen):
@@ -69,7 +79,9 @@ class GateResult(Frozen):
     sentence: str
     """Begins with the verdict word; one line."""
     reasons: tuple[str, ...]
-    """Why the comparison is INVALID, each naming what differs and the way out; else empty."""
+    """Why the comparison is INVALID, each naming what differs; else empty."""
+    way_out: str | None
+    """What to do about a FAIL or the first reason of an INVALID, with its command."""
     threshold: float
     mode: Mode
     metrics: tuple[MetricVerdict, ...]
@@ -108,11 +120,14 @@ def decide(
         verdicts.append(_decide_metric(base, run, metric, threshold, mode, invalid=bool(shared or own)))
 
     verdict: Verdict = "INVALID" if reasons else _worst(verdicts)
-    sentence = _invalid_sentence(reasons) if reasons else _sentence(verdict, verdicts)
+    sentence = (
+        _invalid_sentence([reason.text for reason in reasons]) if reasons else _sentence(verdict, verdicts)
+    )
     return GateResult(
         verdict=verdict,
         sentence=f"{verdict}: {sentence}",
-        reasons=tuple(reasons),
+        reasons=tuple(reason.text for reason in reasons),
+        way_out=reasons[0].way_out if reasons else ACCEPT if verdict == "FAIL" else None,
         threshold=threshold,
         mode=mode,
         metrics=tuple(verdicts),
@@ -127,7 +142,7 @@ def points(value: float) -> str:
 
 def shorten(value: str, width: int = 24) -> str:
     """`value` cut to `width` characters, with `…` where it was cut."""
-    return value if len(value) <= width else value[: width - 1] + "…"
+    return value if len(value) <= width else value[: width - 1].rstrip() + "…"
 
 
 def _worst(verdicts: Sequence[MetricVerdict]) -> Verdict:
@@ -143,36 +158,35 @@ def _usable(run: Run, metric: str) -> dict[str, float]:
     }
 
 
-def _reasons_for_all(base: Baseline, run: Run, wanted: Sequence[str]) -> list[str]:
+def _reasons_for_all(base: Baseline, run: Run, wanted: Sequence[str]) -> list[Reason]:
     """Why no metric of the two can be compared."""
     reasons = []
     if run.partial:
-        reasons.append("the run is PARTIAL; finish it with `ragate eval`, which resumes")
+        made, wanted_scores = len(run.scores), len(run.items) * len(run.metrics)
+        text = f"the run is PARTIAL: {made} of {wanted_scores} scores were made"
+        reasons.append(Reason(text, "`ragate eval` resumes it"))
     for diff in diff_fields(base.fingerprint, run.fingerprint):
         old, new = _shorten_pair(diff.old, diff.new)
-        reasons.append(
-            f"{diff.field} differs: baseline {old}, run {new}; "
-            "scores made differently are not comparable: `ragate baseline set` makes a new baseline"
-        )
+        way_out = "scores made in another way are not comparable; `ragate baseline set` makes a new baseline"
+        reasons.append(Reason(f"{diff.field} differs: baseline {old}, run {new}", way_out))
     if base.testset_hash != run.testset_hash:
         old, new = shorten(base.testset_hash, 13), shorten(run.testset_hash, 13)
         counts = f"{len(base.items)} items in the baseline, {len(run.items)} in the run"
-        reasons.append(
-            f"the test set differs: hash {old} in the baseline, {new} in the run ({counts}); "
-            "run the whole test set without --limit, or `ragate baseline set` after changing it"
-        )
+        text = f"the test set differs: hash {old} in the baseline, {new} in the run ({counts})"
+        way_out = "run the whole test set, without --limit, or make a new baseline with `ragate baseline set`"
+        reasons.append(Reason(text, way_out))
     if not wanted:
-        reasons.append("there is no metric to compare")
+        reasons.append(Reason("there is no metric to compare", "name one with --metrics"))
     return reasons
 
 
-def _reasons_for_metric(base: Baseline, run: Run, metric: str) -> list[str]:
+def _reasons_for_metric(base: Baseline, run: Run, metric: str) -> list[Reason]:
     """Why this metric of the two cannot be compared."""
     sides = {"baseline": base.metrics, "run": run.metrics}
     missing = [side for side, metrics in sides.items() if metric not in metrics]
     if missing:
         way_out = "`ragate baseline set` adds it" if missing[0] == "baseline" else "add it to --metrics"
-        return [f"{metric} is missing in the {' and the '.join(missing)}; {way_out}"]
+        return [Reason(f"{metric} is missing in the {' and the '.join(missing)}", way_out)]
 
     reasons = []
     usable = _usable(run, metric)
@@ -190,21 +204,24 @@ def _reasons_for_metric(base: Baseline, run: Run, metric: str) -> list[str]:
     scored = base.values(metric)
     paired = scored.keys() & usable.keys()
     if len(paired) < MIN_PAIRED:
-        reasons.append(f"{metric} has {len(paired)} paired items; a verdict needs at least {MIN_PAIRED}")
+        text = f"{metric} has {len(paired)} paired items and a verdict needs {MIN_PAIRED}"
+        reasons.append(Reason(text, "use a larger test set"))
     for item in run.items:
         if item.critical and item.id in scored and item.id not in usable and not run.partial:
-            reasons.append(f"critical item {shorten(item.id, 40)} has no {metric} score in the run")
+            text = f"critical item {shorten(item.id, 40)} has no {metric} score in the run"
+            reasons.append(Reason(text, "see its error in the report and run `ragate eval` again"))
     return reasons
 
 
-def _too_many(side: str, metric: str, bad: Sequence[str], total: int) -> list[str]:
+def _too_many(side: str, metric: str, bad: Sequence[str], total: int) -> list[Reason]:
     if len(bad) <= MAX_UNSCORED * total + SAME:
         return []
     counts = ", ".join(f"{bad.count(state)} {state}" for state in sorted(set(bad)))
-    return [
-        f"{metric} has no score for {len(bad)} of {total} items of the {side} ({counts}); "
-        f"at most {MAX_UNSCORED * 100:g} % may be without"
-    ]
+    text = f"{metric} has no score for {len(bad)} of {total} items of the {side} ({counts})"
+    if side == "baseline":
+        return [Reason(text, "make a baseline from a run without errors with `ragate baseline set`")]
+    allowed = f"at most {MAX_UNSCORED * 100:g} % may be without"
+    return [Reason(text, f"{allowed}; see the errors in the report and run `ragate eval` again")]
 
 
 def _decide_metric(

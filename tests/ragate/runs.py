@@ -265,8 +265,16 @@ def hostile_run(n: int = 12) -> Run:
 def timings() -> dict[str, Any]:
     """What `timings.json` beside a run holds."""
     return {
-        "seconds": {"load": 4.2, "answer": 31.0, "judge": 118.4, "embed": 2.1, "total": 156.9},
-        "engine": {"prompt_tokens": 1_124_310, "computed_prompt_tokens": 322_804, "output_tokens": 60_117},
+        "seconds": {"load": 4.2, "answer": 31.0, "judge": 118.4, "embed": 2.1, "report": 0.3},
+        "engine": {
+            "requests": 900,
+            "prompt_tokens": 1_124_310,
+            "prompt_tokens_cached": 801_506,
+            "tokens_out": 60_117,
+            "tokens_forced": 21_870,
+            "steps": 2410,
+            "seconds": {"plan": 1.1, "forward": 104.2, "sample": 6.0},
+        },
         "device": "cpu, 2 threads",
         "versions": {"ragate": "0.1.0", "ragas": "0.4.3", "python": "3.11.9"},
     }

@@ -1,0 +1,1 @@
+"""Reports made from a stored run: HTML page, pull-request comment, terminal."""

@@ -1,0 +1,454 @@
+"""The HTML report: one self-contained page made from a run, its verdict and its baseline.
+
+Everything that came from a test set, a system under test or a judge is untrusted: it reaches the page only
+through jinja2's autoescape, and the page's content security policy lets no script run but the page's own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+from functools import lru_cache, partial
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ragate import __version__
+from ragate.gate.baseline import SAME, diff_fields, mean
+from ragate.gate.verdict import SEVERITY, points, shorten
+from ragate.report.rows import ItemRow, rows_of
+from ragate.report.untrusted import visible
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    from ragate.gate.baseline import Baseline
+    from ragate.gate.verdict import GateResult, MetricVerdict
+    from ragate.run import Claim, ItemRecord, Run, Score
+
+BINS = 10
+BYTES_PER_ITEM = 20_000
+"""The page stays below this (2 MB for 100 items); to that end long texts are cut to the first that fits of"""
+LONGEST_TEXTS = (8_000, 4_000, 2_000, 1_000, 500)
+"""characters, and say how many more run.json has."""
+QUOTED = 40
+"""Characters from which a text of the item is shown once and referred to where a judge call repeats it."""
+
+TONES = {"PASS": "pass", "FAIL": "fail", "INCONCLUSIVE": "open", "INVALID": "invalid"}
+
+
+class MetricWords(NamedTuple):
+    """How a metric and its claims are spoken of."""
+
+    title: str
+    asks: str
+    yes: str
+    no: str
+    claim: str
+
+
+WORDS = {
+    "context_precision": MetricWords(
+        "Context precision",
+        "Are the useful contexts ranked first?",
+        "useful",
+        "not useful",
+        "Retrieved context",
+    ),
+    "context_recall": MetricWords(
+        "Context recall",
+        "Do the contexts cover the reference answer?",
+        "covered",
+        "not covered",
+        "Sentence of the reference",
+    ),
+    "faithfulness": MetricWords(
+        "Faithfulness",
+        "Do the contexts support what the answer says?",
+        "supported",
+        "unsupported",
+        "Statement of the answer",
+    ),
+    "answer_relevance": MetricWords(
+        "Answer relevance",
+        "Does the answer address the question?",
+        "committal",
+        "noncommittal",
+        "Question that the answer would answer",
+    ),
+}
+
+
+def render_html(
+    run: Run, gate: GateResult | None, baseline: Baseline | None, timings: dict[str, Any] | None
+) -> str:
+    """The page, as text to be written to one file.
+
+    `timings` is what `timings.json` beside the run holds, any part of which may be missing: `seconds` (phase
+    -> wall seconds), `engine` (the fields of the engine's `Usage`), `versions` (name -> version), `device`.
+    """
+    usage = _usage(run, timings or {})
+    rows = list(rows_of(run, baseline))
+    style, script = _part("report.css"), _part("report.js")
+    scores = {(s.item, s.metric): s for s in run.scores}
+    cards = _cards(run, gate, baseline)
+    # the table's columns stand in the order of the cards
+    order = {card["metric"]: place for place, card in enumerate(cards)}
+    rows = [
+        row.model_copy(update={"cells": sorted(row.cells, key=lambda c: order[c.metric])}) for row in rows
+    ]
+    page = ""
+    for longest in LONGEST_TEXTS:
+        page = (
+            _environment()
+            .get_template("report.html.j2")
+            .render(
+                run=run,
+                gate=gate,
+                baseline=baseline,
+                head=_headline(run, gate, baseline),
+                cards=cards,
+                rows=[(row, _item(run, row, scores, longest)) for row in rows],
+                positions={item.id: position for position, item in enumerate(run.items)},
+                heads={name: position for position, name in enumerate(run.prompt_heads)},
+                counts=_counts(rows),
+                fingerprint=_fingerprint(run, baseline),
+                usage=usage,
+                words=_words,
+                cut=partial(_cut, longest=longest),
+                version=__version__,
+                payload=_payload(run, gate, baseline, usage, rows),
+                style=style,
+                script=script,
+                style_hash=_csp_hash(style),
+                script_hash=_csp_hash(script),
+            )
+        )
+        if len(page.encode()) <= BYTES_PER_ITEM * max(len(rows), 100):
+            break
+    return page
+
+
+@lru_cache
+def _environment() -> Environment:
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    def flat(name: str) -> str:
+        """The template without its indentation, which would be a tenth of the page."""
+        return re.sub(r"(?m)^[ ]+", "", files("ragate.report").joinpath("templates", name).read_text("utf-8"))
+
+    environment = Environment(
+        loader=FunctionLoader(flat),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # every text that a template prints is cleaned of control characters, then escaped
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    )
+    environment.filters["points"] = points
+    environment.filters["in_pre"] = _in_pre
+    environment.filters["commands"] = _commands
+    environment.filters["shorten"] = shorten
+    return environment
+
+
+@lru_cache
+def _part(name: str) -> Markup:
+    """A style or script of ours, marked as safe to print into the page."""
+    from markupsafe import Markup
+
+    return Markup(files("ragate.report").joinpath("templates", name).read_text(encoding="utf-8"))
+
+
+def _csp_hash(text: str) -> str:
+    """The `sha256-…` source that allows exactly this inline script or style."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _words(metric: str) -> MetricWords:
+    title = metric.replace("_", " ").capitalize()
+    return WORDS.get(metric) or MetricWords(title, "", "yes", "no", "Claim")
+
+
+def _in_pre(text: str) -> Markup:
+    """Escaped for the inside of an element, where quotes may stand; JSON is full of them."""
+    from markupsafe import Markup, escape
+
+    return Markup(str(escape(visible(text))).replace("&#34;", '"'))
+
+
+def _commands(text: str) -> Markup:
+    """Escaped, with what stands between backticks marked as code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(visible(text)))))
+
+
+def _cut(text: str, longest: int) -> str:
+    if len(text) <= longest:
+        return text
+    return f"{text[:longest]}… ({len(text) - longest:,} more characters in run.json)"
+
+
+def _headline(run: Run, gate: GateResult | None, baseline: Baseline | None) -> dict[str, Any]:
+    word: str
+    if gate is not None:
+        word, sentence = gate.verdict, gate.sentence.removeprefix(f"{gate.verdict}: ")
+        for metric in run.metrics:
+            sentence = sentence.replace(metric, _words(metric).title.lower())
+        tone = TONES[gate.verdict]
+    elif baseline is None:
+        word, tone = "NO BASELINE", "none"
+        sentence = "no baseline yet, so there is nothing to compare with and no verdict"
+    else:
+        word, tone, sentence = "NO VERDICT", "none", "scores beside the baseline; no verdict was asked for"
+    if gate is not None and len(gate.reasons) > 1:
+        sentence = f"the run cannot be compared with the baseline, for {len(gate.reasons)} reasons"
+    lead, _, rest = sentence.partition("; ")
+    done = sum(1 for s in run.scores if s.metric in run.metrics)
+    return {
+        "word": word,
+        "tone": tone,
+        "lead": lead,
+        "rest": rest.split("; also ") if rest else [],
+        "partial": f"{done} of {len(run.items) * len(run.metrics)} scores were made" if run.partial else None,
+        "next": gate.way_out
+        if gate
+        else "`ragate baseline set` makes this run the baseline"
+        if not baseline
+        else None,
+    }
+
+
+def _cards(run: Run, gate: GateResult | None, baseline: Baseline | None) -> list[dict[str, Any]]:
+    """One card a metric: the worst verdict first, then what used up most of its limit."""
+    verdicts = {v.metric: v for v in gate.metrics} if gate else {}
+    cards = [_card(run, metric, verdicts.get(metric), baseline) for metric in run.metrics]
+
+    def worst_first(card: dict[str, Any]) -> tuple[int, float]:
+        if gate is None or not card["verdict"] or not card["limit"]:
+            return 0, 0.0
+        return -SEVERITY.index(card["verdict"]), -card["drop"] / card["limit"]
+
+    return sorted(cards, key=worst_first)
+
+
+def _card(run: Run, metric: str, verdict: MetricVerdict | None, baseline: Baseline | None) -> dict[str, Any]:
+    head, base = run.values(metric), baseline.values(metric) if baseline else {}
+    score, base_mean = mean(head.values()), mean(base.values()) if baseline else None
+    if verdict is not None and verdict.paired:
+        score, base_mean = verdict.head_mean, verdict.base_mean
+    limit = verdict.limit if verdict else None
+    states = run.states(metric)
+    states["missing"] = len(run.items) - sum(states.values())
+    return {
+        "metric": metric,
+        "words": _words(metric),
+        "verdict": verdict.verdict if verdict else None,
+        "tone": TONES[verdict.verdict] if verdict else "none",
+        "score": score,
+        "base": base_mean,
+        "drop": None if score is None or base_mean is None else base_mean - score,
+        "same": score is not None and base_mean is not None and abs(base_mean - score) <= SAME,
+        "limit": limit,
+        "limit_note": verdict.limit_note if verdict else None,
+        "detectable": verdict.detectable if verdict else None,
+        "paired": verdict.paired if verdict else 0,
+        "scored": len(head),
+        "sentence": verdict.sentence if verdict else None,
+        "bad_states": {state: n for state, n in states.items() if state != "ok" and n > 0},
+        "chart": _chart(base.values(), head.values(), base_mean, score, limit),
+    }
+
+
+def _chart(
+    base: Iterable[float],
+    head: Iterable[float],
+    base_mean: float | None,
+    head_mean: float | None,
+    limit: float | None,
+) -> dict[str, Any]:
+    """Numbers of the distribution drawing: heights as shares of the tallest bar, positions in score units."""
+    old, new = _histogram(base), _histogram(head)
+    tallest = max((*old, *new, 1e-9))
+    return {
+        "bars": [(share / tallest, other / tallest) for share, other in zip(old, new, strict=True)],
+        "base": base_mean,
+        "head": head_mean,
+        "limit": None if base_mean is None or limit is None else max(base_mean - limit, 0.0),
+    }
+
+
+def _histogram(values: Iterable[float]) -> list[float]:
+    """Share of the values in each of `BINS` equal bins over [0, 1]."""
+    numbers = list(values)
+    counts = [0] * BINS
+    for value in numbers:
+        # 0.3 * 10 is 2.9999…, and a score of 1 belongs to the last bin
+        counts[min(max(int(value * BINS + SAME), 0), BINS - 1)] += 1
+    return [count / len(numbers) if numbers else 0.0 for count in counts]
+
+
+def _counts(rows: Sequence[ItemRow]) -> list[tuple[str, str, int]]:
+    """The chips over the item table: key, label, number of items."""
+    kinds = [
+        ("regressed", "Regressed"),
+        ("fixed", "Fixed"),
+        ("unchanged", "Unchanged"),
+        ("new", "Not compared"),
+    ]
+    chips = [("all", "All", len(rows))]
+    chips += [(key, label, sum(row.change == key for row in rows)) for key, label in kinds]
+    chips += [("errored", "Errored", sum(row.errored for row in rows))]
+    # without a baseline no item was compared, and one chip saying so for all is no help
+    if all(row.change == "new" for row in rows):
+        chips = [chip for chip in chips if chip[0] in ("all", "errored")]
+    return [chip for chip in chips if chip[0] != "new" or chip[2]]
+
+
+def _item(run: Run, row: ItemRow, scores: dict[tuple[str, str], Score], longest: int) -> dict[str, Any]:
+    """What the opened row shows beside its cells."""
+    item = row.item
+    useful: dict[int, Claim] = {}
+    parts = []
+    for cell in row.cells:
+        score = scores.get((item.id, cell.metric))
+        claims = score.claims if score else ()
+        if cell.metric == "context_precision":
+            useful = {claim.context: claim for claim in claims if claim.context is not None}
+        calls = [run.calls[key] for key in (score.calls if score else ()) if key in run.calls]
+        inputs = [_without_quotes(call.input, item, longest) for call in calls]
+        parts.append({"cell": cell, "claims": claims, "calls": list(zip(calls, inputs, strict=True))})
+    return {"parts": parts, "useful": useful}
+
+
+def _without_quotes(text: str, item: ItemRecord, longest: int) -> list[tuple[str, str]]:
+    """A call's input in pieces: (`text`, the piece), or (place, label) where a text of the item stood.
+
+    The page shows each of them once; repeating them in every call would make it several times as large.
+    """
+    places = {context: (f"c{i}", f"context {i}") for i, context in enumerate(item.contexts, 1)}
+    for name, quoted in (("question", item.question), ("reference", item.reference), ("answer", item.answer)):
+        places[quoted or ""] = (name[0], name)
+    # a prompt may hold a text as it is, or inside JSON
+    forms = {
+        form: place
+        for quoted, place in places.items()
+        if len(quoted) >= QUOTED
+        for form in (quoted, json.dumps(quoted)[1:-1], json.dumps(quoted, ensure_ascii=False)[1:-1])
+    }
+    split = [text]
+    if forms:
+        split = re.split("(" + "|".join(map(re.escape, sorted(forms, key=len, reverse=True))) + ")", text)
+    pieces = []
+    for piece in split:
+        if piece in forms:
+            pieces.append(forms[piece])
+        elif piece and longest > 0:
+            pieces.append(("text", _cut(piece, longest)))
+            longest -= len(piece)
+    return pieces
+
+
+def _fingerprint(run: Run, baseline: Baseline | None) -> list[dict[str, Any]]:
+    """The fields of the fingerprint with the baseline's value where it differs."""
+    differs = (
+        {diff.field: diff for diff in diff_fields(baseline.fingerprint, run.fingerprint)} if baseline else {}
+    )
+    names = sorted(run.fingerprint.keys() | differs.keys())
+    return [
+        {
+            "field": name,
+            "value": run.fingerprint.get(name),
+            "differs": name in differs,
+            "base": differs[name].old if name in differs else None,
+        }
+        for name in names
+    ]
+
+
+def _usage(run: Run, timings: dict[str, Any]) -> dict[str, Any]:
+    """Token counts and seconds; what `timings` does not have, or has in another shape, is left out."""
+    engine = _part_of(timings, "engine")
+    sent, cached = _number(engine.get("prompt_tokens")), _number(engine.get("prompt_tokens_cached"))
+    seconds = _seconds(timings)
+    total = sum(seconds.values())
+    return {
+        "calls": run.tokens.calls,
+        "distinct_calls": run.tokens.distinct_calls,
+        "prompt_tokens": run.tokens.prompt_tokens,
+        "output_tokens": run.tokens.output_tokens,
+        "sent": sent,
+        "computed": None if sent is None or cached is None else sent - cached,
+        "out": _number(engine.get("tokens_out")),
+        "forced": _number(engine.get("tokens_forced")),
+        "seconds": [(name, value, value / total if total else 0.0) for name, value in seconds.items()],
+        "total": total,
+        "engine_seconds": _seconds(engine),
+        "device": str(timings["device"]) if timings.get("device") else None,
+        "versions": {str(k): str(v) for k, v in _part_of(timings, "versions").items()},
+    }
+
+
+def _part_of(timings: dict[str, Any], name: str) -> dict[str, Any]:
+    part = timings.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def _number(value: object) -> float | None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    return value
+
+
+def _seconds(timings: dict[str, Any]) -> dict[str, float]:
+    """Phase -> seconds; `total` is left out, since the phases add up to it."""
+    named = ((str(name), _number(value)) for name, value in _part_of(timings, "seconds").items())
+    return {name: value for name, value in named if value is not None and value >= 0 and name != "total"}
+
+
+def _payload(
+    run: Run,
+    gate: GateResult | None,
+    baseline: Baseline | None,
+    usage: dict[str, Any],
+    rows: Sequence[ItemRow],
+) -> Markup:
+    """The page's data as JSON that no text in it can end: for the page's own script and for other programs.
+
+    Contexts and judge calls are on the page once and in run.json; a second copy here would double its size.
+    """
+    from markupsafe import Markup
+
+    positions = {item.id: position for position, item in enumerate(run.items)}
+    data = {
+        "ragate": __version__,
+        "run": run.model_dump(mode="json", exclude={"items", "scores", "calls", "prompt_heads"}),
+        "fingerprint_id": run.fingerprint_id,
+        "gate": gate.model_dump(mode="json") if gate else None,
+        "baseline": baseline.model_dump(mode="json", exclude={"items"}) if baseline else None,
+        "usage": usage,
+        "items": [
+            {
+                "position": positions[row.item.id],
+                **row.item.model_dump(mode="json", exclude={"contexts"}),
+                "change": row.change,
+                "errored": row.errored,
+                "drop": row.drop,
+                "lowest": row.lowest,
+                "scores": {c.metric: c.model_dump(mode="json", exclude={"metric"}) for c in row.cells},
+            }
+            for row in rows
+        ],
+    }
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False, default=str)
+    # ensure_ascii has made U+2028 and U+2029 \u2028 and \u2029 already
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)

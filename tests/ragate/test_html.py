@@ -1,0 +1,456 @@
+"""The HTML report: what it says, that nothing breaks out of it, and how it behaves in a browser."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html.parser
+import json
+import re
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from browser import CHROMIUM, Browser
+from runs import (
+    FINGERPRINT,
+    HOSTILE,
+    METRICS,
+    broken_run,
+    errored_run,
+    good_run,
+    hostile_run,
+    partial_run,
+    plain_run,
+    timings,
+    worse_run,
+)
+
+from ragate.gate.baseline import Baseline, baseline_of
+from ragate.gate.verdict import decide
+from ragate.report.html import render_html
+from ragate.run import Claim, Score
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ragate.run import Run
+
+DATE = datetime(2025, 11, 20, 9, 30, tzinfo=UTC)
+
+
+class Page(html.parser.HTMLParser):
+    """A page as a browser would read it: its visible text, its tags, its scripts, and whether tags nest."""
+
+    VOID = frozenset({"meta", "br", "input", "use", "rect", "path", "circle"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.text = ""
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.text += " "
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        self.text += " "
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("script", "style"):
+            if self.open[-1] == "script":
+                self.scripts.append(data)
+        else:
+            self.text += data
+
+    @property
+    def words(self) -> str:
+        """The visible text with its white space collapsed."""
+        return " ".join(self.text.split())
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        """The data block, parsed."""
+        return dict(json.loads(self.scripts[0]))
+
+
+def _baseline(run: Run) -> Baseline:
+    return baseline_of(run, commit="3f2a91c7" * 5, date=DATE)
+
+
+def _render(run: Run, base: Run | None = None, times: dict[str, Any] | None = None) -> str:
+    baseline = _baseline(base) if base else None
+    return render_html(run, decide(baseline, run) if baseline else None, baseline, times)
+
+
+def test_the_verdict_sentence_stands_before_everything_else() -> None:
+    page = Page(_render(worse_run(), good_run()))
+    first = next(tag for tag, _ in page.tags if tag in ("h1", "h2", "h3"))
+    assert first == "h1"
+    assert "FAIL faithfulness fell 11.3 pt (limit 4.7 pt), from 0.931 to 0.817 over 100 items" in page.words
+    assert "also context recall fell 8.8 pt (limit 4.7 pt)" in page.words
+    assert "if the change is wanted, ragate baseline set accepts it" in page.words
+
+
+def test_the_cards_show_score_baseline_delta_and_limit_worst_first() -> None:
+    page = Page(_render(worse_run(), good_run()))
+    cards = [a["aria-label"] for tag, a in page.tags if tag == "article" and "aria-label" in a]
+    assert cards == ["Faithfulness", "Context recall", "Answer relevance", "Context precision"]
+    assert "0.817 fell by 11.3 pt Baseline 0.931 Limit −4.7 pt (5 % of 0.931) Items 100" in page.words
+    charts = [a["aria-label"] for tag, a in page.tags if a.get("role") == "img"]
+    assert charts[0] == (
+        "Distribution of the scores from 0 to 1: baseline mean 0.931, this run 0.817, limit at 0.884"
+    )
+
+
+def test_items_are_ranked_by_their_drop_and_counted_by_change() -> None:
+    page = Page(_render(worse_run(), good_run()))
+    drops = [item["drop"] for item in page.payload["items"]]
+    assert drops == sorted(drops, reverse=True)
+    assert drops[0] == 1.0
+    changes = [item["change"] for item in page.payload["items"]]
+    for change in ("regressed", "fixed", "unchanged"):
+        assert f"{change.capitalize()} {changes.count(change)} " in page.words
+    assert changes.count("regressed") == 32
+
+
+def test_an_opened_item_shows_what_the_judge_saw_and_said() -> None:
+    run = worse_run(12)
+    words = Page(_render(run, good_run(12))).words
+    item = run.items[0]
+    score = run.score(item.id, "faithfulness")
+    assert score is not None
+    for text in (
+        item.question,
+        item.reference,
+        item.answer,
+        *item.contexts,
+        *[c.reason for c in score.claims],
+    ):
+        assert text
+        assert text in words
+    call = run.calls[score.calls[0]]
+    assert f"{call.prompt_tokens:,} tokens in, {call.output_tokens:,} out, stop" in words
+    assert call.output in words
+    assert run.prompt_heads[call.head] in words
+
+
+@pytest.mark.parametrize(("verdict", "shown"), [(1, "0.97"), (0, "0.03")])
+def test_the_probability_shown_is_that_of_the_verdict_given(verdict: int, shown: str) -> None:
+    claim = Claim(text="A claim.", verdict=verdict, probability=0.97, reason="Because.")
+    run = plain_run({"faithfulness": [1.0]})
+    run = run.model_copy(
+        update={
+            "scores": (Score(item="q000", metric="faithfulness", state="ok", value=1.0, claims=(claim,)),)
+        }
+    )
+    word = "supported" if verdict else "unsupported"
+    assert f"{word} {shown} A claim. Because." in Page(_render(run)).words
+
+
+def test_a_context_stands_once_and_calls_refer_to_it() -> None:
+    run = good_run(12)
+    text = _render(run)
+    assert text.count("This is passage 3 of document block pools.") == 1
+    place = re.search(r'<a href="#(i1-c3)">context 3</a>', text)
+    assert place
+    assert f'id="{place[1]}"' in text
+
+
+def test_a_call_with_other_texts_keeps_its_whole_input() -> None:
+    run = good_run(1)
+    calls = {key: call.model_copy(update={"input": "nothing of the item"}) for key, call in run.calls.items()}
+    assert Page(_render(run.model_copy(update={"calls": calls}))).words.count("nothing of the item") == len(
+        calls
+    )
+
+
+def test_states_other_than_ok_are_words_with_their_error() -> None:
+    page = Page(_render(errored_run(), good_run()))
+    assert "timeout was 1.00" in page.words
+    assert "no answer from the judge in 120 s" in page.words
+    assert "The system under test gave no answer: ConnectionError: refused" in page.words
+    assert "Items 97 · 1 timeout · 1 truncated · 1 error" in page.words
+    assert "Errored 4" in page.words
+    assert sum(item["errored"] for item in page.payload["items"]) == 4
+
+
+def test_a_partial_run_says_so_in_its_headline_and_title() -> None:
+    for text in (_render(partial_run(), good_run()), _render(partial_run())):
+        page = Page(text)
+        heading = page.words[page.words.index("Theme: auto") :]
+        assert heading.startswith("Theme: auto PARTIAL ")
+        assert "200 of 400 scores were made" in page.words
+        assert "<title>PARTIAL " in text
+
+
+def test_without_a_baseline_the_page_says_how_to_make_one() -> None:
+    words = Page(_render(good_run(12))).words
+    assert "NO BASELINE no baseline yet" in words
+    assert "ragate baseline set makes this run the baseline" in words
+
+
+def test_an_unproven_judge_is_named_beside_the_verdict() -> None:
+    words = Page(_render(good_run(12, judge_note="Unproven judge: tiny."), good_run(12))).words
+    assert words.index("PASS") < words.index("Unproven judge: tiny.") < words.index("Context precision")
+
+
+def test_an_invalid_comparison_names_each_field_and_marks_it_in_the_fingerprint() -> None:
+    other = FINGERPRINT | {"judge_format": "gguf Q8_0", "ragas": "0.4.4"}
+    words = Page(_render(good_run(fingerprint=other), good_run())).words
+    assert "INVALID the run cannot be compared with the baseline, for 2 reasons" in words
+    assert "judge_format differs: baseline gguf Q4_K_M, run gguf Q8_0" in words
+    assert "gguf Q8_0 differs; baseline: gguf Q4_K_M" in words
+
+
+def test_a_critical_item_that_broke_is_named_in_the_headline() -> None:
+    words = Page(_render(broken_run(), good_run())).words
+    assert "FAIL critical item serving-004 broke on faithfulness" in words
+
+
+def test_the_usage_block_has_tokens_computed_and_sent_and_seconds_by_phase() -> None:
+    words = Page(_render(good_run(12), times=timings())).words
+    assert "Prompt tokens sent 1,124,310" in words
+    assert "Prompt tokens computed 322,804 29 % of those sent" in words
+    assert "Tokens out 60,117" in words
+    assert "judge 118.4" in words
+    assert "Seconds by phase 156.0 s" in words
+    assert "ragas 0.4.3" in words
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        None,
+        {},
+        {"seconds": None, "engine": 3, "versions": []},
+        {"seconds": {"judge": float("nan"), "x": "y"}},
+    ],
+)
+def test_timings_that_are_missing_or_malformed_leave_the_page_whole(times: dict[str, Any] | None) -> None:
+    page = Page(_render(good_run(2), times=times))
+    assert "in distinct calls" in page.words
+    assert page.open == []
+
+
+def test_hostile_text_is_shown_as_text_and_starts_no_element() -> None:
+    calm, page = Page(_render(good_run(12))), Page(_render(hostile_run()))
+    assert {tag for tag, _ in page.tags} == {tag for tag, _ in calm.tags}
+    assert len(page.scripts) == 2
+    assert "</script><script>alert(1)</script> <img src=x onerror=alert(2)>" in page.words
+    assert "{{ 7*7 }} {% raw %}" in page.words
+    assert page.payload["items"][0]["question"] == HOSTILE
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+
+
+def test_control_characters_are_shown_as_symbols() -> None:
+    text = _render(hostile_run())
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029]", text)
+    assert "␛[31mred" in text
+    text.encode()
+
+
+def test_the_payload_cannot_end_its_script_element() -> None:
+    text = _render(hostile_run())
+    payload = re.search(r'<script type="application/json" id="payload">(.*?)</script>', text, re.DOTALL)
+    assert payload
+    assert not set("<>&\u2028\u2029") & set(payload[1])
+    assert json.loads(payload[1])["run"]["suite"] == HOSTILE
+
+
+def test_the_policy_allows_only_the_pages_own_script_and_style() -> None:
+    text = _render(hostile_run())
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)
+    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)
+    assert policy
+    assert style
+    for source, kind in ((Page(text).scripts[1], "script-src"), (style[1], "style-src")):
+        digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+        assert f"{kind} &#39;sha256-{digest}&#39;" in policy[1] or f"{kind} 'sha256-{digest}'" in policy[1]
+    assert "default-src 'none'" in policy[1]
+    assert "style=" not in re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+
+
+def test_the_page_names_no_address_to_load_from() -> None:
+    loads = {"src", "srcset", "data", "action", "poster", "background", "xlink:href"}
+    for tag, attrs in Page(_render(hostile_run())).tags:
+        assert not loads & attrs.keys(), tag
+        assert (attrs.get("href") or "#").startswith("#"), tag
+
+
+def test_every_reference_inside_the_page_has_its_target_and_ids_are_unique() -> None:
+    tags = Page(_render(worse_run(12), good_run(12), timings())).tags
+    ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    links = {str(attrs["href"])[1:] for _, attrs in tags if "href" in attrs}
+    links |= {str(attrs["aria-controls"]) for _, attrs in tags if "aria-controls" in attrs}
+    assert links <= set(ids)
+
+
+def test_a_hundred_items_stay_below_two_megabytes() -> None:
+    assert len(_render(worse_run(), good_run(), timings()).encode()) < 2_000_000
+
+
+def test_very_long_texts_are_cut_and_say_so_to_keep_the_page_small() -> None:
+    run = good_run()
+    items = tuple(item.model_copy(update={"contexts": ("long " * 10_000,)}) for item in run.items)
+    text = _render(run.model_copy(update={"items": items}), times=timings())
+    assert len(text.encode()) < 2_000_000
+    assert "more characters in run.json)" in text
+
+
+def test_a_text_of_ordinary_length_is_not_cut() -> None:
+    assert "more characters in run.json" not in _render(worse_run(), good_run(), timings())
+
+
+def test_the_page_is_well_formed_in_every_situation() -> None:
+    for text in (
+        _render(errored_run(12), good_run(12)),
+        _render(partial_run(12)),
+        _render(plain_run({"m": [1.0]})),
+    ):
+        assert Page(text).open == []
+
+
+def test_an_empty_run_still_makes_a_page() -> None:
+    run = plain_run({"m": [1.0]}).model_copy(update={"items": (), "scores": ()})
+    assert "All 0" in Page(_render(run)).words
+
+
+def test_the_same_run_makes_the_same_page() -> None:
+    assert _render(worse_run(12), good_run(12), timings()) == _render(worse_run(12), good_run(12), timings())
+
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+SHOWN = "[...document.querySelectorAll('.item:not([hidden]) .id')].map(id => id.textContent)"
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    path = tmp_path / "report.html"
+    path.write_text(_render(worse_run(), good_run(), timings()), encoding="utf-8")
+    return path
+
+
+def _assert_quiet(browser: Browser, path: Path) -> None:
+    assert browser.reported("Runtime.exceptionThrown", "Log.entryAdded", "Page.javascriptDialogOpening") == []
+    asked = {event["request"]["url"].split("#")[0] for event in browser.reported("Network.requestWillBeSent")}
+    assert asked <= {path.as_uri()}
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_filter_search_and_sort_work_and_live_in_the_address(report: Path) -> None:
+    with Browser() as browser:
+        browser.open(report)
+        assert len(browser.eval(SHOWN)) == 100
+        browser.eval("document.querySelector('.chip.regressed').click()")
+        assert len(browser.eval(SHOWN)) == 32
+        browser.eval("search.value = 'speculative'; search.dispatchEvent(new Event('input'))")
+        found = browser.eval(SHOWN)
+        assert 0 < len(found) < 32
+        browser.eval("sort.value = 'order'; sort.dispatchEvent(new Event('change'))")
+        assert browser.eval(SHOWN) == sorted(found)
+        assert browser.eval("location.hash") == "#filter=regressed&q=speculative&sort=order"
+        fragment = browser.eval("location.hash")
+        _assert_quiet(browser, report)
+    with Browser() as browser:
+        browser.open(report, fragment)
+        assert browser.eval(SHOWN) == sorted(found)
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_keys_walk_open_search_and_close(report: Path) -> None:
+    opened = "[...document.querySelectorAll('.item.is-open .id')].map(i => i.textContent)"
+    with Browser() as browser:
+        browser.open(report)
+        ids = browser.eval(SHOWN)
+        for key in "jjk":
+            browser.press(key)
+        browser.press("Enter")
+        assert browser.eval(opened) == [ids[0]]
+        assert browser.eval("location.hash") == f"#item={ids[0]}"
+        browser.press("j")
+        assert browser.eval("document.querySelector('.item.at .id').textContent") == ids[1]
+        browser.press("/")
+        assert browser.eval("document.activeElement.id") == "search"
+        browser.press("j")
+        assert browser.eval("search.value") == "j"
+        browser.press("Escape")
+        assert browser.eval(opened) == []
+        assert browser.eval("location.hash") == ""
+        _assert_quiet(browser, report)
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_link_to_a_context_opens_it_and_the_theme_can_be_changed(report: Path) -> None:
+    with Browser() as browser:
+        browser.open(report)
+        browser.eval("document.querySelector('.toggle').click()")
+        browser.eval("document.querySelector('.claims a').click()")
+        assert browser.eval("document.querySelectorAll('.contexts details[open]').length") == 1
+        background = "getComputedStyle(document.body).backgroundColor"
+        light = browser.eval(background)
+        browser.eval("theme.click(), theme.click()")
+        assert browser.eval("document.documentElement.dataset.theme") == "dark"
+        assert browser.eval(background) != light
+        _assert_quiet(browser, report)
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("scripts", [True, False])
+def test_a_hostile_page_runs_nothing_and_loads_nothing(tmp_path: Path, scripts: bool) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(_render(hostile_run()), encoding="utf-8")
+    with Browser(scripts=scripts) as browser:
+        browser.open(path)
+        _assert_quiet(browser, path)
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_without_scripts_every_item_opens_and_no_dead_control_is_shown(report: Path) -> None:
+    with Browser(scripts=False) as browser:
+        browser.open(report)
+        document = browser.call("DOM.getDocument")["root"]["nodeId"]
+
+        def box(selector: str) -> bool:
+            node = browser.call("DOM.querySelector", nodeId=document, selector=selector)["nodeId"]
+            style = browser.call("CSS.getComputedStyleForNode", nodeId=node)["computedStyle"]
+            return {"name": "display", "value": "none"} not in style
+
+        browser.call("DOM.enable")
+        browser.call("CSS.enable")
+        assert box(".more summary")
+        assert not any(box(selector) for selector in ("#tools", "#theme", ".toggle", "#keys", "#nothing"))
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("width", [360, 720, 1280])
+def test_nothing_sticks_out_of_the_window(report: Path, width: int) -> None:
+    with Browser(width=width) as browser:
+        browser.open(report)
+        browser.eval("document.querySelectorAll('details').forEach(d => d.open = true)")
+        assert (
+            browser.eval("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+        )
+
+
+def test_metrics_of_the_contract_all_have_words() -> None:
+    words = Page(_render(good_run(2))).words
+    for metric in METRICS:
+        assert metric.replace("_", " ").capitalize() in words
