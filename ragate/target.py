@@ -21,6 +21,7 @@ import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from ragate.errors import RagateError, TargetAnswerError, TargetError
@@ -539,61 +540,39 @@ def _command(spec: str, options: Mapping[str, Any]) -> _System:
     files = [path for path in map(Path, (program, *words[1:])) if path.is_file()]
 
     async def ask(item: Item) -> object:
-        request = json.dumps({"question": item.question, "id": item.id}).encode() + b"\n"
-        pipe = asyncio.subprocess.PIPE
-        try:
-            # A session of its own: what it starts is ended with it.
-            process = await asyncio.create_subprocess_exec(
-                *words, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
-            )
-        except OSError as e:
-            raise TargetError(f"target {spec}: cannot be run: {e.strerror}") from None
-        try:
-            _, out, err = await asyncio.gather(
-                _feed(process.stdin, request), _read(process.stdout), _read_end(process.stderr)
-            )
-            status = await process.wait()
-        except BaseException:
-            _kill(process)
-            await process.wait()
-            raise
-        if status:
-            last = err.decode(errors="replace").strip().splitlines()[-1:] or ["nothing on stderr"]
-            how = f"was killed by signal {-status}" if status < 0 else f"exit status {status}"
-            raise TargetAnswerError(f"{how}: {last[0][:300]}")
-        return _parse_reply(out)
+        # Files, not pipes: a child of the command that keeps a pipe open would keep us waiting for its end.
+        with TemporaryFile() as request, TemporaryFile() as out, TemporaryFile() as err:
+            request.write(json.dumps({"question": item.question, "id": item.id}).encode() + b"\n")
+            request.seek(0)
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *words, stdin=request, stdout=out, stderr=err, start_new_session=True
+                )
+            except OSError as e:
+                raise TargetError(f"target {spec}: cannot be run: {e.strerror}") from None
+            try:
+                while process.returncode is None:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(process.wait(), 0.1)
+                    if max(os.fstat(file.fileno()).st_size for file in (out, err)) > MAX_REPLY_BYTES:
+                        raise TargetAnswerError(f"it wrote more than {MAX_REPLY_BYTES >> 20} MB")
+            except BaseException:
+                _kill(process)
+                await process.wait()
+                raise
+            out.seek(0)
+            err.seek(0)
+            if status := process.returncode:
+                last = err.read().decode(errors="replace").strip().splitlines()[-1:] or ["nothing on stderr"]
+                how = f"was killed by signal {-status}" if status < 0 else f"exit status {status}"
+                raise TargetAnswerError(f"{how}: {last[0][:300]}")
+            return _parse_reply(out.read())
 
     return _System(spec, _digest("command", *words, *map(_file_digest, files)), ask)
 
 
-async def _feed(stdin: asyncio.StreamWriter | None, data: bytes) -> None:
-    assert stdin is not None
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may answer without reading
-        stdin.write(data)
-        await stdin.drain()
-    stdin.close()
-
-
-async def _read(stream: asyncio.StreamReader | None) -> bytes:
-    assert stream is not None
-    data = bytearray()
-    while chunk := await stream.read(1 << 16):
-        data += chunk
-        if len(data) > MAX_REPLY_BYTES:
-            raise TargetAnswerError(f"the reply is longer than {MAX_REPLY_BYTES >> 20} MB")
-    return bytes(data)
-
-
-async def _read_end(stream: asyncio.StreamReader | None) -> bytes:
-    """The last 4 KB."""
-    assert stream is not None
-    data = b""
-    while chunk := await stream.read(1 << 16):
-        data = (data + chunk)[-4096:]
-    return data
-
-
 def _kill(process: asyncio.subprocess.Process) -> None:
+    """End the command and what it started: it has a session of its own."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if sys.platform == "win32":
             process.kill()
