@@ -123,6 +123,36 @@ def test_a_gemma3_file_is_configured_as_gemma3(tmp_path):
     assert config.attn_soft_cap is None
 
 
+def test_a_gemma2_file_is_configured_as_gemma2(tmp_path):
+    posts = {
+        f"blk.{i}.{name}.weight": np.ones(HIDDEN, np.float32)
+        for i in range(LAYERS)
+        for name in ("post_attention_norm", "post_ffw_norm")
+    }
+    stated = {"gemma2.attention.sliding_window": 8, "gemma2.attn_logit_softcapping": 40.0}
+    write_tiny(tmp_path / "m.gguf", "gemma2", tokenizer="llama", tensors=posts, metadata=stated)
+    config = open_checkpoint(tmp_path / "m.gguf").config
+    assert (config.window_of(0), config.window_of(1)) == (8, None)
+    assert (config.attn_soft_cap, config.logit_soft_cap) == (40.0, 30.0)
+    assert (config.qk_norm, config.sandwich_norm, config.local_rope) == (False, True, None)
+
+
+def test_a_qwen3_file_normalizes_its_heads(tmp_path):
+    norms = {
+        f"blk.{i}.attn_{part}_norm.weight": np.full(HEAD_DIM, 2.0, np.float32)
+        for i in range(LAYERS)
+        for part in "qk"
+    }
+    write_tiny(tmp_path / "m.gguf", "qwen3", tensors=norms, metadata={"qwen3.rope.freq_base": 1e6})
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    assert (checkpoint.config.qk_norm, checkpoint.config.qkv_bias, checkpoint.config.rope.theta) == (
+        True,
+        False,
+        1e6,
+    )
+    assert torch.equal(checkpoint.load("layers.1.k_norm"), torch.full((HEAD_DIM,), 2.0))
+
+
 def test_the_real_gemma_slides_on_all_layers_but_each_sixth():
     config = open_checkpoint(cached_model("gemma-3-270m")).config
     assert [i for i in range(config.num_layers) if config.window_of(i) is None] == [5, 11, 17]
@@ -205,6 +235,7 @@ def test_a_tensor_type_we_do_not_read_is_named_with_the_way_out(tmp_path):
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "yarn"),
         ({"metadata": {"llama.rope.freq_base": 0.0}}, "rope"),
         ({"tensors": {"token_embd.weight": None}}, "token_embd.weight"),
+        ({"tensors": {"token_embd.weight": np.ones((265, HIDDEN), np.float32)}}, "266 tokens but 265 embeddings"),
         ({"tensors": {"blk.0.attn_q.weight": None}}, "lacks the tensor layers.0.q"),
         ({"tensors": {"blk.0.ssm_a.weight": np.ones(8, np.float32)}}, "blk.0.ssm_a.weight"),
         ({"tensors": {"blk.7.attn_norm.weight": np.ones(HIDDEN, np.float32)}}, "no place"),

@@ -83,10 +83,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise ModelFileError(f"{path} does not exist")
     file = gguf.read_header(path)
     config = gguf.model_config(file)
+    tokenizer = Tokenizer.from_gguf(file)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ModelFileError(
+            f"{path} has {tokenizer.vocab_size} tokens but {config.vocab_size} embeddings: fetch it again"
+        )
     return Checkpoint(
         path=path,
         config=config,
-        tokenizer=Tokenizer.from_gguf(file),
+        tokenizer=tokenizer,
         tensors=gguf.tensors(file, config),
         quantization=gguf.quantization(file),
         files=(path,),

@@ -9,6 +9,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ragate_engine.errors import ConfigError, ModelFileError
@@ -28,13 +31,25 @@ class _RefusedError(Exception):
     """Raised from inside a template, through `raise_exception`."""
 
 
+class _Generation(jinja2.ext.Extension):
+    """The tag by which training marks what the model wrote: to a prompt it is nothing but its body."""
+
+    tags: set[str] = {"generation"}  # noqa: RUF012 - as the base class has it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     """What transformers offers to a template, except for the clock and for room to run wild."""
 
     intercepted_binops = frozenset({"*", "**"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
+        )
         self.filters["tojson"] = _tojson
         self.globals |= {"raise_exception": _refuse, "strftime_now": _TODAY.strftime, "range": _short_range}
 
@@ -78,10 +93,11 @@ class ChatTemplate:
 
         Raises ConfigError where the template refuses the messages, ModelFileError where it fails.
         """
+        template = self._compiled
         parts: list[str] = []
         room = _MAX_CHARS
         try:
-            for part in self._compiled.generate(
+            for part in template.generate(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 tools=None,

@@ -103,7 +103,10 @@ class Tokenizer:
         return copy
 
     def encode(self, text: str, *, special: bool = True, bos: bool = False) -> list[int]:
-        """Token ids of `text`. `special`: text like `<|im_end|>` becomes that token; `bos`: begin with it."""
+        """Token ids of `text`. `special`: text like `<|im_end|>` becomes that token; `bos`: begin with it.
+
+        Bytes that the vocabulary lacks are dropped, as llama.cpp and `tokenizers` do (SmolLM2 has no 0x04).
+        """
         ids: list[int] = (self.hf if special else self._plain).encode(text, add_special_tokens=False).ids
         if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             return [self.bos_id, *ids]
