@@ -27,6 +27,8 @@ EXIT_CODES: dict[Verdict, int] = {
 SEVERITY: tuple[Verdict, ...] = ("PASS", "INCONCLUSIVE", "FAIL", "INVALID")
 """Mildest first; a run takes the worst of its metrics."""
 
+FIELD_METRICS = {"embeddings": "answer_relevance"}
+"""Fields of the fingerprint that belong to one metric, as `prompt_<metric>` does to each."""
 MIN_PAIRED = 10
 MAX_UNSCORED = 0.02
 MIN_RELATIVE_MEAN = 0.2
@@ -165,7 +167,13 @@ def _reasons_for_all(base: Baseline, run: Run, wanted: Sequence[str]) -> list[Re
         made, wanted_scores = len(run.scores), len(run.items) * len(run.metrics)
         text = f"the run is PARTIAL: {made} of {wanted_scores} scores were made"
         reasons.append(Reason(text, "`ragate eval` resumes it"))
+    # the fields of a metric that is not compared, or is missing and named for it, say nothing about the others
+    compared = set(wanted) & set(base.metrics) & set(run.metrics)
+    others = {*base.metrics, *run.metrics} - compared
+    moot = {f"prompt_{metric}" for metric in others} | {f for f, m in FIELD_METRICS.items() if m in others}
     for diff in diff_fields(base.fingerprint, run.fingerprint):
+        if diff.field in moot:
+            continue
         old, new = _shorten_pair(diff.old, diff.new)
         way_out = "scores made in another way are not comparable; `ragate baseline set` makes a new baseline"
         reasons.append(Reason(f"{diff.field} differs: baseline {old}, run {new}", way_out))

@@ -89,46 +89,38 @@ def render_html(
 ) -> str:
     """The page, as text to be written to one file.
 
-    `timings` is what `timings.json` beside the run holds, any part of which may be missing: `seconds` (phase
-    -> wall seconds), `engine` (the fields of the engine's `Usage`), `versions` (name -> version), `device`.
+    `timings` is what `timings.json` beside the run holds (`evaluate.Timings`); any part of it may be missing.
     """
-    usage = _usage(run, timings or {})
-    rows = list(rows_of(run, baseline))
-    style, script = _part("report.css"), _part("report.js")
-    scores = {(s.item, s.metric): s for s in run.scores}
+    timings = timings or {}
     cards = _cards(run, gate, baseline)
-    # the table's columns stand in the order of the cards
-    order = {card["metric"]: place for place, card in enumerate(cards)}
-    rows = [
-        row.model_copy(update={"cells": sorted(row.cells, key=lambda c: order[c.metric])}) for row in rows
-    ]
-    page = ""
+    rows = rows_of(run, baseline, metrics=[card["metric"] for card in cards])
+    scores = {(s.item, s.metric): s for s in run.scores}
+    usage = _usage(run, timings)
+    call_ms = _part_of(timings, "call_ms")
+    style, script = _part("report.css"), _part("report.js")
+    context = {
+        "run": run,
+        "gate": gate,
+        "baseline": baseline,
+        "head": _headline(run, gate, baseline),
+        "cards": cards,
+        "rows": [(row, _item(run, row, scores, call_ms)) for row in rows],
+        "counts": _counts(rows),
+        "positions": {item.id: position for position, item in enumerate(run.items)},
+        "heads": {name: position for position, name in enumerate(run.prompt_heads)},
+        "fingerprint": _fingerprint(run, baseline),
+        "usage": usage,
+        "words": _words,
+        "version": __version__,
+        "payload": _payload(run, gate, baseline, usage, rows),
+        "style": style,
+        "script": script,
+        "style_hash": _csp_hash(style),
+        "script_hash": _csp_hash(script),
+    }
+    template = _environment().get_template("report.html.j2")
     for longest in LONGEST_TEXTS:
-        page = (
-            _environment()
-            .get_template("report.html.j2")
-            .render(
-                run=run,
-                gate=gate,
-                baseline=baseline,
-                head=_headline(run, gate, baseline),
-                cards=cards,
-                rows=[(row, _item(run, row, scores, longest)) for row in rows],
-                positions={item.id: position for position, item in enumerate(run.items)},
-                heads={name: position for position, name in enumerate(run.prompt_heads)},
-                counts=_counts(rows),
-                fingerprint=_fingerprint(run, baseline),
-                usage=usage,
-                words=_words,
-                cut=partial(_cut, longest=longest),
-                version=__version__,
-                payload=_payload(run, gate, baseline, usage, rows),
-                style=style,
-                script=script,
-                style_hash=_csp_hash(style),
-                script_hash=_csp_hash(script),
-            )
-        )
+        page = template.render(context, cut=partial(_cut, longest=longest))
         if len(page.encode()) <= BYTES_PER_ITEM * max(len(rows), 100):
             break
     return page
@@ -312,9 +304,12 @@ def _counts(rows: Sequence[ItemRow]) -> list[tuple[str, str, int]]:
     return [chip for chip in chips if chip[0] != "new" or chip[2]]
 
 
-def _item(run: Run, row: ItemRow, scores: dict[tuple[str, str], Score], longest: int) -> dict[str, Any]:
+def _item(
+    run: Run, row: ItemRow, scores: dict[tuple[str, str], Score], call_ms: dict[str, Any]
+) -> dict[str, Any]:
     """What the opened row shows beside its cells."""
     item = row.item
+    quotable = _quotable(item)
     useful: dict[int, Claim] = {}
     parts = []
     for cell in row.cells:
@@ -322,37 +317,46 @@ def _item(run: Run, row: ItemRow, scores: dict[tuple[str, str], Score], longest:
         claims = score.claims if score else ()
         if cell.metric == "context_precision":
             useful = {claim.context: claim for claim in claims if claim.context is not None}
-        calls = [run.calls[key] for key in (score.calls if score else ()) if key in run.calls]
-        inputs = [_without_quotes(call.input, item, longest) for call in calls]
-        parts.append({"cell": cell, "claims": claims, "calls": list(zip(calls, inputs, strict=True))})
+        calls = [
+            (run.calls[key], _without_quotes(run.calls[key].input, quotable), _number(call_ms.get(key)))
+            # a greedy judge answers equal prompts once, and the score lists the call each time
+            for key in dict.fromkeys(score.calls if score else ())
+            if key in run.calls
+        ]
+        parts.append({"cell": cell, "claims": claims, "calls": calls})
     return {"parts": parts, "useful": useful}
 
 
-def _without_quotes(text: str, item: ItemRecord, longest: int) -> list[tuple[str, str]]:
-    """A call's input in pieces: (`text`, the piece), or (place, label) where a text of the item stood.
+def _quotable(item: ItemRecord) -> list[tuple[str, tuple[str, str]]]:
+    """The item's own texts in each form that a prompt may hold them in (plain, or inside JSON), longest first.
+
+    With each goes where the page shows it: the end of its anchor, and what to call it.
+    """
+    places = {context: (f"c{i}", f"context {i}") for i, context in enumerate(item.contexts, 1)}
+    for name, text in (("question", item.question), ("reference", item.reference), ("answer", item.answer)):
+        places[text or ""] = (name[0], name)
+    forms = {
+        form: place
+        for text, place in places.items()
+        if len(text) >= QUOTED
+        for form in (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
+    }
+    return sorted(forms.items(), key=lambda form: -len(form[0]))
+
+
+def _without_quotes(text: str, quotable: list[tuple[str, tuple[str, str]]]) -> list[tuple[str, str]]:
+    """A call's input in pieces: (`text`, the piece), or (anchor, label) where a text of the item stood.
 
     The page shows each of them once; repeating them in every call would make it several times as large.
     """
-    places = {context: (f"c{i}", f"context {i}") for i, context in enumerate(item.contexts, 1)}
-    for name, quoted in (("question", item.question), ("reference", item.reference), ("answer", item.answer)):
-        places[quoted or ""] = (name[0], name)
-    # a prompt may hold a text as it is, or inside JSON
-    forms = {
-        form: place
-        for quoted, place in places.items()
-        if len(quoted) >= QUOTED
-        for form in (quoted, json.dumps(quoted)[1:-1], json.dumps(quoted, ensure_ascii=False)[1:-1])
-    }
-    split = [text]
-    if forms:
-        split = re.split("(" + "|".join(map(re.escape, sorted(forms, key=len, reverse=True))) + ")", text)
-    pieces = []
-    for piece in split:
-        if piece in forms:
-            pieces.append(forms[piece])
-        elif piece and longest > 0:
-            pieces.append(("text", _cut(piece, longest)))
-            longest -= len(piece)
+    pieces = [("text", text)]
+    for form, place in quotable:
+        split: list[tuple[str, str]] = []
+        for kind, piece in pieces:
+            parts = piece.split(form) if kind == "text" else [piece]
+            for i, part in enumerate(parts):
+                split += [place] * (i > 0) + [(kind, part)] * bool(part)
+        pieces = split
     return pieces
 
 
@@ -376,23 +380,24 @@ def _fingerprint(run: Run, baseline: Baseline | None) -> list[dict[str, Any]]:
 def _usage(run: Run, timings: dict[str, Any]) -> dict[str, Any]:
     """Token counts and seconds; what `timings` does not have, or has in another shape, is left out."""
     engine = _part_of(timings, "engine")
-    sent, cached = _number(engine.get("prompt_tokens")), _number(engine.get("prompt_tokens_cached"))
-    seconds = _seconds(timings)
-    total = sum(seconds.values())
+    phases = {str(name): _number(value) for name, value in _part_of(timings, "seconds").items()}
+    for name, value in engine.items():
+        if name.startswith("seconds_"):
+            phases[f"engine: {name.removeprefix('seconds_')}"] = _number(value)
+    seconds = {name: value for name, value in phases.items() if value is not None and value >= 0}
+    longest = max(seconds.values(), default=0.0)
     return {
         "calls": run.tokens.calls,
         "distinct_calls": run.tokens.distinct_calls,
+        "judged": _number(timings.get("calls_judged")),
+        "resumed": _number(timings.get("calls_resumed")),
         "prompt_tokens": run.tokens.prompt_tokens,
         "output_tokens": run.tokens.output_tokens,
-        "sent": sent,
-        "computed": None if sent is None or cached is None else sent - cached,
-        "out": _number(engine.get("tokens_out")),
+        "sent": _number(timings.get("prompt_tokens_sent")),
+        "computed": _number(timings.get("prompt_tokens_computed")),
         "forced": _number(engine.get("tokens_forced")),
-        "seconds": [(name, value, value / total if total else 0.0) for name, value in seconds.items()],
-        "total": total,
-        "engine_seconds": _seconds(engine),
-        "device": str(timings["device"]) if timings.get("device") else None,
-        "versions": {str(k): str(v) for k, v in _part_of(timings, "versions").items()},
+        # phases overlap, so each bar is a share of the longest and not of their sum
+        "seconds": [(name, value, value / longest if longest else 0.0) for name, value in seconds.items()],
     }
 
 
@@ -405,12 +410,6 @@ def _number(value: object) -> float | None:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
         return None
     return value
-
-
-def _seconds(timings: dict[str, Any]) -> dict[str, float]:
-    """Phase -> seconds; `total` is left out, since the phases add up to it."""
-    named = ((str(name), _number(value)) for name, value in _part_of(timings, "seconds").items())
-    return {name: value for name, value in named if value is not None and value >= 0 and name != "total"}
 
 
 def _payload(

@@ -9,6 +9,8 @@ from ragate.gate.baseline import SAME
 from ragate.run import Frozen, ItemRecord
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ragate.gate.baseline import Baseline
     from ragate.run import Run, Score
 
@@ -66,12 +68,18 @@ class ItemRow(Frozen):
         return min((c.value for c in self.cells if c.value is not None), default=1.0)
 
 
-def rows_of(run: Run, baseline: Baseline | None) -> tuple[ItemRow, ...]:
-    """The items of `run`: largest drop first, then those with errors, then the rest, lowest score first."""
+def rows_of(run: Run, baseline: Baseline | None, metrics: Sequence[str] | None = None) -> tuple[ItemRow, ...]:
+    """The items of `run`: largest drop first, then those with errors, then the rest, lowest score first.
+
+    `metrics` gives the order of the cells; by default it is the run's.
+    """
     scores = {(s.item, s.metric): s for s in run.scores}
     rows = []
     for item in run.items:
-        cells = [_cell(scores.get((item.id, metric)), item.id, metric, baseline) for metric in run.metrics]
+        cells = [
+            _cell(scores.get((item.id, metric)), item.id, metric, baseline)
+            for metric in metrics or run.metrics
+        ]
         rows.append(ItemRow(item=item, cells=tuple(cells)))
     return tuple(sorted(rows, key=lambda row: (-max(row.drop or 0.0, 0.0), not row.errored, row.lowest)))
 

@@ -263,9 +263,15 @@ def hostile_run(n: int = 12) -> Run:
 
 
 def timings() -> dict[str, Any]:
-    """What `timings.json` beside a run holds."""
+    """What `timings.json` beside a run holds, as `evaluate.Timings` makes it."""
     return {
-        "seconds": {"load": 4.2, "answer": 31.0, "judge": 118.4, "embed": 2.1, "report": 0.3},
+        "seconds": {"prepare": 2.4, "answers": 31.0, "embed": 2.1, "total": 156.9},
+        "calls_judged": 800,
+        "calls_resumed": 100,
+        "answers_resumed": 0,
+        "call_ms": dict.fromkeys(good_run(12).calls, 1234.5),
+        "prompt_tokens_sent": 1_124_310,
+        "prompt_tokens_computed": 322_804,
         "engine": {
             "requests": 900,
             "prompt_tokens": 1_124_310,
@@ -273,10 +279,11 @@ def timings() -> dict[str, Any]:
             "tokens_out": 60_117,
             "tokens_forced": 21_870,
             "steps": 2410,
-            "seconds": {"plan": 1.1, "forward": 104.2, "sample": 6.0},
+            "seconds_plan": 1.1,
+            "seconds_forward": 104.2,
+            "seconds_sample": 6.0,
+            "seconds_idle": 0.2,
         },
-        "device": "cpu, 2 threads",
-        "versions": {"ragate": "0.1.0", "ragas": "0.4.3", "python": "3.11.9"},
     }
 
 

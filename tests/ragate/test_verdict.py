@@ -232,6 +232,18 @@ def test_naming_metrics_narrows_the_comparison_to_them() -> None:
     assert decide(base, good_run(), metrics=[]).verdict == "INVALID"
 
 
+def test_the_fingerprint_of_a_metric_that_is_not_compared_is_no_obstacle() -> None:
+    fields = FINGERPRINT | {"prompt_faithfulness": "a", "prompt_answer_relevance": "b"}
+    base = _baseline(good_run(fingerprint=fields))
+    own = {k: v for k, v in fields.items() if k not in ("embeddings", "prompt_answer_relevance")}
+    run = good_run(fingerprint=own)
+    run = run.model_copy(update={"metrics": ("context_precision", "context_recall", "faithfulness")})
+    assert decide(base, run, metrics=["faithfulness"]).verdict == "PASS"
+    assert decide(base, run).reasons == ("answer_relevance is missing in the run",)
+    other = run.model_copy(update={"fingerprint": own | {"prompt_faithfulness": "c"}})
+    assert decide(base, other, metrics=["faithfulness"]).verdict == "INVALID"
+
+
 @pytest.mark.parametrize("threshold", [-0.01, 1.0, 5, float("nan")])
 def test_a_threshold_that_is_no_share_is_refused(threshold: float) -> None:
     with pytest.raises(ConfigError, match=r"5 % is 0\.05"):
