@@ -1,0 +1,372 @@
+"""The command line: each command parses, calls one function, prints, exits. Nothing heavy is imported up here."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ragate import __version__
+from ragate.errors import EXIT_INTERRUPTED, EXIT_INVALID, EXIT_USAGE, RagateError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ragate.config import Settings
+    from ragate.gate.verdict import GateResult
+    from ragate.run import Run
+
+FORMATS = click.Choice(["text", "json", "markdown"])
+METRICS = "context_precision,context_recall,faithfulness,answer_relevance"
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console: colours only where there is a terminal, `NO_COLOR` honoured."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ragate")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Evaluate a RAG system and gate its changes, judged by a model that runs on your own machine."""
+
+
+def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that `eval` and `doctor` share; everything is also a key of ragate.toml."""
+    options = [
+        click.option("--testset", help="File, folder or datasets:NAME with the test cases."),
+        click.option("--metrics", help=f"Comma-separated, out of {METRICS}."),
+        click.option("--judge", help="auto, a catalogue name (`ragate models list`), a .gguf path or an http URL."),
+        click.option("--target", help="What answers: stored, module:callable, http://… or cmd:…"),
+        click.option("--baseline", help="Baseline file [baselines/SUITE.json]."),
+        click.option("--threshold", type=float, help="The drop that fails [0.05]."),
+        click.option("--threshold-mode", type=click.Choice(["relative", "absolute"]), help="Of what [relative]."),
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the judge runs [auto]."),
+        click.option("--limit", type=int, help="Only the first so many items."),
+        click.option("--out", help="Run folder [.ragate/SUITE]."),
+        click.option("--max-batch", type=int, help="Requests that the engine runs at once [64]."),
+        click.option("--kv-gib", type=float, help="GiB for the KV cache."),
+        click.option("--threads", type=int, help="CPU threads of the engine."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def settings_of(flags: dict[str, Any]) -> Settings:
+    """Settings by precedence: flag, environment, file, default."""
+    from ragate.config import load_settings
+
+    return load_settings({k: v for k, v in flags.items() if v is not None}, Path.cwd())
+
+
+@cli.command("eval")
+@settings_options
+@click.option("--update-baseline", is_flag=True, help="Make this run the baseline, whatever the verdict.")
+@click.option("--format", "format_", type=FORMATS, default="text", help="What goes to stdout.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress.")
+def eval_(update_baseline: bool, format_: str, quiet: bool, **flags: Any) -> int:
+    """Score a test set, compare with the baseline, write the reports. Resumes by itself.
+
+    Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 INVALID (or no baseline), 4 bad input, 130 interrupted.
+    """
+    from ragate.progress import Progress
+    from ragate.suite import keep_baseline, load_suite, out_folder, run_suite, write_reports
+
+    settings = settings_of(flags)
+    progress = Progress(console(stderr=True), quiet=quiet)
+    try:
+        with progress:
+            outcome = run_suite(settings, progress.say, progress.on_event)
+    except KeyboardInterrupt:
+        folder = out_folder(settings, load_suite(settings).name)
+        again = "ragate " + " ".join(sys.argv[1:])
+        click.echo(f"interrupted: what was judged is safe in {folder}; run `{again}` again to go on", err=True)
+        return EXIT_INTERRUPTED
+    gate, baseline = outcome.gate, outcome.baseline
+    if update_baseline:
+        from ragate.gate.verdict import decide
+
+        baseline = keep_baseline(outcome.run, outcome.baseline_path)
+        gate = decide(baseline, outcome.run, threshold=settings.threshold, mode=settings.threshold_mode)
+        write_reports(outcome.written[0].parent, outcome.run, gate, baseline, outcome.timings)
+    if format_ == "text":
+        show_run(outcome.run, gate)
+        out = console()
+        out.print(progress.summary(outcome.timings), style="dim", markup=False)
+        for path in outcome.written:
+            out.print(f"wrote {path}", style="dim", markup=False)
+        if update_baseline:
+            out.print(f"wrote {outcome.baseline_path}: this run is the baseline now", markup=False)
+    else:
+        show_machine(outcome.run, gate, baseline, format_)
+    if gate is None:
+        click.echo(
+            f"INVALID: no baseline at {outcome.baseline_path} to compare with; "
+            "make this run the baseline with `ragate baseline set`",
+            err=True,
+        )
+        return EXIT_INVALID
+    return gate.exit_code
+
+
+def show_run(run: Run, gate: GateResult | None) -> None:
+    """The result table, and the verdict where there is one."""
+    from ragate.report.terminal import print_gate, print_run
+
+    if gate is None:
+        print_run(console(), run)
+    else:
+        print_gate(console(), run, gate)
+
+
+def show_machine(run: Run, gate: GateResult | None, baseline: Any, format_: str) -> None:
+    """The verdict for a program: JSON, or the Markdown of the PR comment."""
+    if format_ == "markdown":
+        from ragate.report.markdown import render_comment
+
+        click.echo(render_comment(run, gate, baseline))
+        return
+    means = {metric: run.mean(metric) for metric in run.metrics}
+    result: dict[str, Any] = {"suite": run.suite, "judge": run.judge, "judge_note": run.judge_note, "means": means}
+    result["gate"] = json.loads(gate.model_dump_json()) if gate else None
+    click.echo(json.dumps(result, indent=1))
+
+
+@cli.command()
+@click.option("--baseline", "base", required=True, type=click.Path(path_type=Path), help="Baseline file, or a run.")
+@click.option("--current", required=True, type=click.Path(path_type=Path), help="Run folder or run.json.")
+@click.option("--threshold", type=float, default=0.05, show_default=True, help="The drop that fails.")
+@click.option("--threshold-mode", type=click.Choice(["relative", "absolute"]), default="relative", show_default=True)
+@click.option("--format", "format_", type=FORMATS, default="text", help="What goes to stdout.")
+def check(base: Path, current: Path, threshold: float, threshold_mode: Any, format_: str) -> int:
+    """Gate two stored runs; needs no model. Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 INVALID."""
+    from ragate.gate.verdict import decide
+    from ragate.run import load_run
+    from ragate.suite import load_base
+
+    baseline, run = load_base(base), load_run(current)
+    gate = decide(baseline, run, threshold=threshold, mode=threshold_mode)
+    if format_ == "text":
+        show_run(run, gate)
+    else:
+        show_machine(run, gate, baseline, format_)
+    return gate.exit_code
+
+
+@cli.group()
+def baseline() -> None:
+    """The scores that later runs are compared with: a JSON file in git."""
+
+
+RUN_ARGUMENT = click.argument("run", required=False, type=click.Path(path_type=Path))
+
+
+def stored_run(run: Path | None) -> tuple[Run, Path, Settings]:
+    """The run named, or the one in the suite's own folder; its folder; the settings."""
+    from ragate.run import load_run
+    from ragate.suite import load_suite, out_folder
+
+    settings = settings_of({})
+    folder = run if run is not None else out_folder(settings, load_suite(settings).name)
+    return load_run(folder), folder if folder.is_dir() else folder.parent, settings
+
+
+@baseline.command("set")
+@RUN_ARGUMENT
+@click.option("--baseline", "path", type=click.Path(path_type=Path), help="Where to [baselines/SUITE.json].")
+def baseline_set(run: Path | None, path: Path | None) -> int:
+    """Make a stored run (default: the suite's last) the baseline."""
+    from ragate.suite import baseline_of_suite, keep_baseline
+
+    found, _, settings = stored_run(run)
+    path = path or baseline_of_suite(settings, found.suite)
+    kept = keep_baseline(found, path)
+    means = ", ".join(f"{m} {found.mean(m) or 0:.3f}" for m in found.metrics)
+    click.echo(f"wrote {path}: {len(kept.items)} items, {means}")
+    click.echo("commit it, so that pull requests are compared with it")
+    return 0
+
+
+@baseline.command("show")
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+def baseline_show(path: Path | None) -> int:
+    """Print what a baseline holds."""
+    from ragate.gate.baseline import load_baseline, mean
+    from ragate.suite import baseline_of_suite, load_suite
+
+    if path is None:
+        settings = settings_of({})
+        path = baseline_of_suite(settings, load_suite(settings).name)
+    found = load_baseline(path)
+    click.echo(f"{path}: suite {found.suite}, {len(found.items)} items, judge {found.judge}")
+    click.echo(f"made {found.date.isoformat()} at commit {(found.commit or 'unknown')[:12]}")
+    for metric in found.metrics:
+        values = [row[metric] for row in found.items.values() if isinstance(row.get(metric), float | int)]
+        average = mean(float(v) for v in values)
+        click.echo(f"  {metric:20} {'—' if average is None else f'{average:.4f}'}  ({len(values)} scored)")
+    return 0
+
+
+@baseline.command("diff")
+@RUN_ARGUMENT
+@click.option("--baseline", "path", type=click.Path(path_type=Path), help="Baseline file [baselines/SUITE.json].")
+def baseline_diff(run: Path | None, path: Path | None) -> int:
+    """What `baseline set` would change."""
+    from ragate.gate.baseline import diff_baselines, load_baseline
+    from ragate.report.terminal import print_baseline_diff
+    from ragate.suite import baseline_of_suite, make_baseline
+
+    found, _, settings = stored_run(run)
+    old = load_baseline(path or baseline_of_suite(settings, found.suite))
+    print_baseline_diff(console(), diff_baselines(old, make_baseline(found)))
+    return 0
+
+
+@cli.command()
+@RUN_ARGUMENT
+@click.option("--baseline", "path", type=click.Path(path_type=Path), help="Baseline file [baselines/SUITE.json].")
+def report(run: Path | None, path: Path | None) -> int:
+    """Make report.html and comment.md again from a stored run; needs no model."""
+    from ragate.gate.verdict import decide
+    from ragate.suite import baseline_of_suite, load_base, load_timings, write_reports
+
+    found, folder, settings = stored_run(run)
+    path = path or baseline_of_suite(settings, found.suite)
+    base = load_base(path) if path.exists() else None
+    gate = decide(base, found, threshold=settings.threshold, mode=settings.threshold_mode) if base else None
+    for written in write_reports(folder, found, gate, base, load_timings(folder)):
+        click.echo(f"wrote {written}")
+    return 0
+
+
+@cli.group()
+def models() -> None:
+    """The judges and embedding models that ragate knows."""
+
+
+@models.command("list")
+def models_list() -> int:
+    """Every model: size, licence, whether it is here, what is known of its accuracy."""
+    from rich.table import Table
+
+    from ragate import catalog
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("model", "kind", "size", "licence", "here", "as a judge"):
+        table.add_column(column, overflow="fold")
+    for model in catalog.models():
+        here = "yes" if catalog.is_cached(model.name) else "no"
+        size = f"{sum(f.size for f in model.files) / 1e6:.0f} MB"
+        table.add_row(model.name, model.kind, size, model.licence, here, model.accuracy or "")
+    console().print(table)
+    click.echo(f"cache: {catalog.cache_folder()}")
+    return 0
+
+
+@models.command("pull")
+@click.argument("name")
+def models_pull(name: str) -> int:
+    """Fetch a model into the cache and check its sha256."""
+    from ragate import catalog
+    from ragate.progress import Progress
+
+    with Progress(console(stderr=True)) as progress:
+        path = catalog.model_path(name, progress=lambda done, total: progress.say(f"fetching {name}", done, total))
+    click.echo(path)
+    return 0
+
+
+@models.command("path")
+@click.argument("name")
+def models_path(name: str) -> int:
+    """Print where a cached model is."""
+    from ragate import catalog
+
+    click.echo(catalog.model_path(name, pull=False))
+    return 0
+
+
+@models.command("verify")
+@click.argument("name", required=False)
+def models_verify(name: str | None) -> int:
+    """Check the sha256 of one cached model, or of all."""
+    from ragate import catalog
+
+    names = [name] if name else [m.name for m in catalog.models() if catalog.is_cached(m.name)]
+    bad = 0
+    for each in names:
+        for file in catalog.verify(each):
+            state = "ok" if file.ok else "missing" if file.sha256 is None else "wrong sha256, deleted"
+            click.echo(f"{each}: {file.path.name}: {state}")
+            bad += not file.ok
+    return EXIT_USAGE if bad else 0
+
+
+@cli.command()
+@settings_options
+def doctor(**flags: Any) -> int:
+    """What device, model and versions there are, and what `ragate eval` would run."""
+    from ragate.doctor import findings
+
+    for line in findings(settings_of(flags)):
+        click.echo(line)
+    return 0
+
+
+@cli.command()
+@click.option("--force", is_flag=True, help="Overwrite files that are there.")
+def init(force: bool) -> int:
+    """Write ragate.toml and a GitHub workflow into this repository."""
+    from ragate.init import write_init
+
+    for path in write_init(Path.cwd(), force=force):
+        click.echo(f"wrote {path}")
+    click.echo("next: put your test cases where ragate.toml says, then `ragate eval` and `ragate baseline set`")
+    return 0
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line and return its exit code; every error is one sentence unless --debug."""
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        result = cli.main(arguments, prog_name="ragate", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as e:
+        return e.exit_code
+    except click.ClickException as e:
+        e.show()
+        return EXIT_USAGE
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as e:
+        if debug:
+            traceback.print_exc()
+        elif isinstance(e, RagateError) or type(e).__module__ == "ragate_engine.errors":
+            click.echo(f"error: {e}", err=True)
+        else:
+            click.echo(f"error: unexpected {type(e).__name__}: {e}; run again with --debug for the traceback", err=True)
+        return e.exit_code if isinstance(e, RagateError) else EXIT_USAGE
+
+
+def main() -> None:
+    """Entry point of the `ragate` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""One `ragate eval`, from settings to files: load, judge, save the run, decide, write the reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ragate import catalog
+from ragate.errors import BaselineError, RunError
+from ragate.files import write_whole
+from ragate.gate.baseline import Baseline, baseline_of, baseline_path, git_commit, load_baseline, save_baseline
+from ragate.gate.verdict import GateResult, decide
+from ragate.run import Run, load_run, save_run
+
+if TYPE_CHECKING:
+    from ragate.config import Settings
+    from ragate.evaluate import Event
+    from ragate.testset import TestSet
+
+Say = Callable[[str, int, int], None]
+"""Progress of a phase: (what, done, total)."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation left: the run, its verdict, and where the files are."""
+
+    run: Run
+    gate: GateResult | None
+    """`None` where there is no baseline."""
+    baseline: Baseline | None
+    baseline_path: Path
+    timings: dict[str, object]
+    written: tuple[Path, ...]
+
+
+def out_folder(settings: Settings, suite: str) -> Path:
+    """Where a suite's run is kept: `--out`, else `.ragate/<suite>`."""
+    return Path(settings.out) if settings.out else Path(".ragate") / suite
+
+
+def baseline_of_suite(settings: Settings, suite: str) -> Path:
+    """Where a suite's baseline is kept: the setting, else `baselines/<suite>.json`."""
+    return Path(settings.baseline) if settings.baseline else baseline_path(Path("baselines"), suite)
+
+
+def load_suite(settings: Settings) -> TestSet:
+    """The test set that the settings name, checked for what the metrics need."""
+    from ragate.testset import load_testset, require
+
+    testset = load_testset(settings.testset, limit=settings.limit)
+    require(testset, settings.metrics, settings.target == "stored")
+    return testset
+
+
+def run_suite(settings: Settings, say: Say, on_event: Callable[[Event], None]) -> Outcome:
+    """Evaluate as `settings` say; writes run.json, timings.json, report.html and comment.md into the run folder.
+
+    Raises RagateError or EngineError with one sentence; KeyboardInterrupt after the journal is safe.
+    """
+    testset = load_suite(settings)
+    folder = out_folder(settings, testset.name)
+    from ragate.journal import Journal
+
+    with ExitStack() as stack:
+        journal = stack.enter_context(Journal.open(folder / "journal.jsonl"))
+        run, timings = _evaluate(settings, testset, journal, say, on_event, stack)
+        save_run(run, folder / "run.json")
+        write_whole(folder / "timings.json", timings.model_dump_json(indent=1) + "\n")
+        costs: dict[str, object] = timings.model_dump()
+        path = baseline_of_suite(settings, run.suite)
+        baseline = load_baseline(path) if path.exists() else None
+        gate = None
+        if baseline is not None:
+            gate = decide(baseline, run, threshold=settings.threshold, mode=settings.threshold_mode)
+        written = (folder / "run.json", *write_reports(folder, run, gate, baseline, costs))
+    return Outcome(run, gate, baseline, path, costs, written)
+
+
+def _evaluate(settings, testset, journal, say, on_event, stack):  # type: ignore[no-untyped-def]
+    """Open judge, target and embeddings, and judge; heavy imports happen here."""
+    from ragate import session
+    from ragate.evaluate import evaluate
+    from ragate.metrics import metrics_named
+    from ragate.target import open_target
+    from ragate_engine import EngineConfig
+
+    metrics = metrics_named(settings.metrics)
+    kv = None if settings.kv_gib is None else int(settings.kv_gib * 2**30)
+    session.configure(
+        EngineConfig(device=settings.device, max_batch=settings.max_batch, kv_bytes=kv, threads=settings.threads)
+    )
+    stack.callback(session.close_engines)
+    target = None
+    if settings.target != "stored":
+        target = open_target(settings.target, timeout=settings.target_timeout, options=settings.target_options)
+        stack.callback(target.close)
+    note = None
+    if settings.judge.startswith(("http://", "https://")):
+        from ragate.judge import UrlJudge
+
+        judge = UrlJudge(settings.judge)
+    else:
+        from ragate.judge import EngineJudge
+
+        choice = catalog.resolve_judge(
+            settings.judge, settings.device, progress=lambda done, total: say("fetching the judge", done, total)
+        )
+        engine = session.open_engine(choice.path, lambda done, total: say("loading the judge", done, total))
+        judge = EngineJudge(engine, choice.name or str(choice.path))
+        note = choice.note
+    embeddings = None
+    if any(metric.embeds for metric in metrics):
+        from ragate.embeddings import MiniLM
+
+        catalog.model_path(settings.embeddings, progress=lambda done, total: say("fetching embeddings", done, total))
+        embeddings = MiniLM()
+        stack.callback(embeddings.close)
+    return evaluate(
+        testset,
+        settings.metrics,
+        judge,
+        journal,
+        embeddings=embeddings,
+        target=target,
+        judge_note=note,
+        on_event=on_event,
+        call_timeout=settings.call_timeout,
+    )
+
+
+def write_reports(
+    folder: Path, run: Run, gate: GateResult | None, baseline: Baseline | None, timings: dict[str, object] | None
+) -> tuple[Path, ...]:
+    """Write report.html and comment.md, both made from stored data alone."""
+    from ragate.report.html import render_html
+    from ragate.report.markdown import render_comment
+
+    write_whole(folder / "report.html", render_html(run, gate, baseline, timings))
+    write_whole(folder / "comment.md", render_comment(run, gate, baseline))
+    return folder / "report.html", folder / "comment.md"
+
+
+def load_timings(folder: Path) -> dict[str, object] | None:
+    """The timings beside a stored run, or `None` where there are none."""
+    try:
+        data = json.loads((folder / "timings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def make_baseline(run: Run) -> Baseline:
+    """The baseline that `run` makes now, at this commit."""
+    return baseline_of(run, commit=git_commit(Path.cwd()), date=datetime.now(UTC))
+
+
+def load_base(path: Path) -> Baseline:
+    """A baseline file, or a stored run taken as one. Raises BaselineError or RunError."""
+    if path.is_dir() or path.name == "run.json":
+        run = load_run(path)
+        file = path / "run.json" if path.is_dir() else path
+        return baseline_of(run, commit=None, date=datetime.fromtimestamp(file.stat().st_mtime, UTC))
+    return load_baseline(path)
+
+
+def keep_baseline(run: Run, path: Path) -> Baseline:
+    """Make `run` the baseline at `path`. Raises BaselineError for a partial run."""
+    baseline = make_baseline(run)
+    save_baseline(baseline, path)
+    return baseline
+
+
