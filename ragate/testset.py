@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ragate.errors import TestSetError
+from ragate.metrics import metrics_named
 from ragate.run import Frozen
 
 if TYPE_CHECKING:
@@ -78,14 +79,6 @@ MAX_LINE_BYTES = 16 << 20
 MAX_FILE_BYTES = 1 << 30
 """Of formats that are read whole: json, and parquet when unpacked."""
 
-NEEDS: dict[str, tuple[str, ...]] = {
-    "faithfulness": ("answer", "contexts"),
-    "context_precision": ("reference", "contexts"),
-    "context_recall": ("reference", "contexts"),
-    "answer_relevance": ("answer",),
-}
-"""Metric -> the fields it needs beside the question."""
-
 _FIELD_OF = {column: field for field, columns in COLUMNS.items() for column in columns}
 _TEXT_FIELDS = ("question", "reference", "answer", "contexts")
 _LISTS = ("items", "samples", "examples", "data")
@@ -103,11 +96,11 @@ def load_testset(spec: str, *, limit: int | None = None) -> TestSet:
     if limit is not None and limit < 1:
         raise TestSetError(f"limit must be at least 1, got {limit}")
     core, reserve = _open(spec)
-    lines: dict[str, str] = {}
-    items = _items(core, lines, limit)
+    places: dict[str, str] = {}
+    items = _items(core, places, limit)
     if not items:
         raise TestSetError(f"{spec}: there are no items in it")
-    rest = _items(reserve, lines, None) if limit is None else ()
+    rest = _items(reserve, places, None) if limit is None else ()
     return TestSet(name=suite_name(spec), source=spec, items=items, reserve=rest, hash=items_hash(items))
 
 
@@ -132,11 +125,12 @@ def require(testset: TestSet, metrics: Sequence[str], target_is_stored: bool) ->
 
     Raises TestSetError naming the first item, the field and the metric.
     """
+    chosen = metrics_named(metrics)
     given = () if target_is_stored else ("answer", "contexts")
     for file, items in (("core.jsonl", testset.items), ("reserve.jsonl", testset.reserve)):
         for item in items:
-            for metric in metrics:
-                for field in NEEDS.get(metric, ()):
+            for metric in chosen:
+                for field in metric.needs:
                     if field in given or getattr(item, field):
                         continue
                     place = testset.source if Path(testset.source).is_file() else f"{testset.source}/{file}"
@@ -145,7 +139,7 @@ def require(testset: TestSet, metrics: Sequence[str], target_is_stored: bool) ->
                     if field in ("answer", "contexts"):
                         out += ", or name the system that answers with --target"
                     raise TestSetError(
-                        f"{where}: {field}: item {item.id} has none and {metric} needs it; {out}"
+                        f"{where}: {field}: item {item.id} has none and {metric.name} needs it; {out}"
                     )
 
 
@@ -329,6 +323,8 @@ def _kind_of(value: object) -> str:
 
 def _open(spec: str) -> tuple[Iterable[_Row], Iterable[_Row]]:
     """The core rows and the reserve rows of `spec`."""
+    if not spec:
+        raise TestSetError("no test set is named; give one with --testset or as `testset` in ragate.toml")
     if spec.startswith("datasets:"):
         return _read_dataset(spec), ()
     path = Path(spec)

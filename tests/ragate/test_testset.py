@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from ragate import testset
 from ragate.errors import TestSetError
+from ragate.metrics import METRICS
 from ragate.testset import Item, items_hash, load_testset, require, suite_name
 
 if TYPE_CHECKING:
@@ -504,6 +505,7 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
     )
     assert refusal(tmp_path / "nowhere" / "a.jsonl").endswith("no such test set; name one with --testset")
     assert "too long for a file" in refusal("a" * 5000)
+    assert "no test set is named; give one with --testset" in refusal("")
 
 
 def test_other_suffixes_and_other_folders_say_what_is_read(tmp_path: Path) -> None:
@@ -540,7 +542,7 @@ def test_a_metric_without_its_field_names_item_and_field(tmp_path: Path, metric:
     part = {k: v for k, v in whole.items() if k != missing} | {"id": "b"}
     path = write_jsonl(tmp_path / "a.jsonl", [whole, part])
     loaded = load_testset(str(path))
-    require(loaded, [m for m in testset.NEEDS if missing not in testset.NEEDS[m]], True)
+    require(loaded, [name for name, row in METRICS.items() if missing not in row.needs], True)
     with pytest.raises(TestSetError) as caught:
         require(loaded, [metric], True)
     assert f"{path}:2: {missing}: item b has none and {metric} needs it; add a column {missing} or " in str(
