@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     Ask = Callable[[Item], Awaitable[object]]
 
 CONCURRENCY = 8
+"""Items asked at once of a system that does not say by an attribute `concurrency`."""
 MAX_REPLY_BYTES = 32 << 20
 MAX_HANGING = 64
 """Calls that timed out and still run, for a thread cannot be stopped: beyond this no more are begun."""
@@ -101,6 +102,7 @@ class _System:
     identity: str
     ask: Ask
     close: Callable[[], None] = lambda: None
+    concurrency: int = CONCURRENCY
 
 
 def open_target(
@@ -108,15 +110,16 @@ def open_target(
     *,
     timeout: float = 600.0,
     options: Mapping[str, Any] | None = None,
-    concurrency: int = CONCURRENCY,
+    concurrency: int | None = None,
 ) -> Target:
     """Open the system that `spec` names. `timeout` is in seconds, per item.
 
     - `stored`: the answer and contexts of the test set. No options.
     - `module:name`: a function, sync or async, of (question) or (question, item); an object that is called
-      so; a class, built once with the options as keyword arguments; or a LangChain Runnable, whose only
-      option is `input_key`. The current folder can be imported from. Sync code runs in threads, several
-      at once; an object built here is closed with its `close()`, where it has one.
+      so; a class, built once with the options as keyword arguments and closed by its `close()`, where it
+      has one; or a LangChain Runnable, whose only option is `input_key`. The current folder can be imported
+      from. Sync code runs in threads, up to `concurrency` at once: the argument, else an attribute of that
+      name on the function or object (1: never two at once), else 8.
     - `http://…`, `https://…`: POST of {"question", "id"}. Option: `headers`.
     - `cmd:…` or `command:…`: run without a shell for each item, the same JSON on stdin, the reply on stdout.
 
@@ -125,7 +128,7 @@ def open_target(
     Raises TargetError when it cannot be opened.
     """
     options = dict(options or {})
-    if timeout <= 0 or concurrency < 1:
+    if timeout <= 0 or (concurrency is not None and concurrency < 1):
         raise TargetError(f"target timeout ({timeout:g} s) and concurrency ({concurrency}) must be positive")
     if spec == "stored":
         system = _stored(options)
@@ -137,7 +140,7 @@ def open_target(
         system = _python(spec, options)
     else:
         raise TargetError(f"target {spec!r}: expected stored, module:callable, http://…, or cmd:…")
-    return Target(system, timeout, concurrency)
+    return Target(system, timeout, concurrency or system.concurrency)
 
 
 def _stored(options: Mapping[str, Any]) -> _System:
@@ -274,8 +277,14 @@ def _python(spec: str, options: Mapping[str, Any]) -> _System:
         ask = _ask_callable(spec, system)
     else:
         raise TargetError(f"target {spec}: is {_article(system)}, which cannot be called")
+    concurrency = getattr(system, "concurrency", CONCURRENCY)
+    if type(concurrency) is not int or concurrency < 1:
+        raise TargetError(
+            f"target {spec}: its attribute concurrency must be a positive number, not {concurrency!r}"
+        )
     settings = json.dumps(options, sort_keys=True, default=str)
-    return _System(spec, _digest("python", spec, settings, *_source_digests(module_name)), ask, close)
+    identity = _digest("python", spec, settings, *_source_digests(module_name))
+    return _System(spec, identity, ask, close, concurrency)
 
 
 def _find(spec: str, module_name: str, path: str) -> Any:

@@ -307,6 +307,33 @@ def test_calls_run_side_by_side_but_no_more_than_allowed(write: Write) -> None:
     assert len(asyncio.run(many())) == 12  # a second loop, as when the reserve is asked
 
 
+def test_a_system_may_say_how_many_it_takes_at_once(write: Write) -> None:
+    app = write("""
+        import threading
+        lock = threading.Lock()
+        class Single:
+            concurrency = 1
+            def __call__(self, question):
+                if not lock.acquire(blocking=False):
+                    raise RuntimeError('two at once')
+                try:
+                    return question, []
+                finally:
+                    lock.release()
+        class Wrong(Single):
+            concurrency = '4'
+    """)
+    target = open_target(f"{app}:Single")
+
+    async def many() -> list[Answer]:
+        return await asyncio.gather(*(target.answer(ITEM) for _ in range(50)))
+
+    assert len(asyncio.run(many())) == 50
+    assert "its attribute concurrency must be a positive number, not '4'" in refusal(f"{app}:Wrong")
+    with pytest.raises(TargetError, match=r"concurrency \(0\) must be positive"):
+        open_target("stored", concurrency=0)
+
+
 def test_a_waiting_item_is_not_timed_out_by_its_turn(write: Write) -> None:
     app = write("import time\ndef f(question): time.sleep(0.3); return question, []")
     target = open_target(f"{app}:f", concurrency=1, timeout=1.5)
