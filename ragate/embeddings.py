@@ -37,7 +37,9 @@ class MiniLM(BaseRagasEmbedding):  # type: ignore[misc]
         super().__init__()
         import torch
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         folder = path or model_path(MODEL)
         self.sha256 = weights_sha256(folder)
         self.seconds = 0.0

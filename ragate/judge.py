@@ -15,14 +15,13 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from ragate_engine.errors import DeviceError, EngineClosedError
-from ragate_engine.request import SamplingParams, TokenInfo
 
 from ragate.errors import ConfigError, RunError
 from ragate.journal import CallEntry
 from ragate.metrics import RECORD, JudgedCall, Metric, keep_quiet
 from ragate.run import ItemRecord
 from ragate.schemas import VERDICT_NAMES, AnswerSchema, answer_schema, breach, portable, sample
+from ragate_engine import DeviceError, EngineClosedError, SamplingParams, TokenInfo
 
 keep_quiet()
 
@@ -33,9 +32,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import httpx
-    from ragate_engine.engine import Engine
 
     from ragate.journal import Journal
+    from ragate_engine import Engine
 
 Output = TypeVar("Output", bound=BaseModel)
 

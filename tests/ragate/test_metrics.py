@@ -22,7 +22,7 @@ from ragate.journal import CallEntry, Journal
 from ragate.judge import EngineJudge
 from ragate.metrics import METRICS, JudgedCall, Record, cosine, metrics_named, value_of
 from ragate.run import Claim, ItemRecord
-from ragate.testset import NEEDS, Item, TestSet
+from ragate.testset import Item, TestSet
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -166,12 +166,6 @@ def test_each_metric_says_which_field_an_item_lacks() -> None:
         "answer",
     ]
     assert all(metric.missing(ITEM) is None for metric in METRICS.values())
-
-
-def test_the_needs_are_those_that_test_sets_are_checked_for() -> None:
-    assert {name: {"question", *fields} for name, fields in NEEDS.items()} == {
-        name: set(metric.needs) for name, metric in METRICS.items()
-    }
 
 
 def test_metric_names_are_checked_and_ragas_spelling_is_understood() -> None:
