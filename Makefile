@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: eval demo test lint slow gpu clean
 
 eval: $(READY)
-	$(BIN)/ragate eval
+	$(BIN)/ragate eval --testset testsets/quickstart.jsonl --target stored --judge smollm2-135m
 
 demo: $(READY)
 	$(BIN)/ragate eval --testset testsets/llm-serving --target ragate.demo:pipeline --judge smollm2-135m

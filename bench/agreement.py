@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "engine"))
 
 import xllamacpp
 from models import PROMPTS
-from ragate_engine import Engine, EngineConfig, SamplingParams
 
 from ragate.catalog import model_path
 from ragate.gate.baseline import git_commit
+from ragate_engine import Engine, EngineConfig, SamplingParams
 
 TOKENS = 64
 
@@ -58,7 +58,11 @@ def main() -> None:
         other = theirs(path, prompts)
         agree = [next((i for i, (a, b) in enumerate(zip(x, y, strict=False)) if a != b), TOKENS)
                  for x, y in zip(mine, other, strict=True)]  # fmt: skip
-        rows[name] = {"prompts": len(agree), "same_first_16": sum(n >= 16 for n in agree), "agreeing_tokens": agree}
+        rows[name] = {
+            "prompts": len(agree),
+            "same_first_16": sum(n >= 16 for n in agree),
+            "agreeing_tokens": agree,
+        }
         print(name, rows[name])
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -45,12 +45,18 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--testset", help="File, folder or datasets:NAME with the test cases."),
         click.option("--metrics", help=f"Comma-separated, out of {METRICS}."),
-        click.option("--judge", help="auto, a catalogue name (`ragate models list`), a .gguf path or an http URL."),
+        click.option(
+            "--judge", help="auto, a catalogue name (`ragate models list`), a .gguf path or an http URL."
+        ),
         click.option("--target", help="What answers: stored, module:callable, http://… or cmd:…"),
         click.option("--baseline", help="Baseline file [baselines/SUITE.json]."),
         click.option("--threshold", type=float, help="The drop that fails [0.05]."),
-        click.option("--threshold-mode", type=click.Choice(["relative", "absolute"]), help="Of what [relative]."),
-        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the judge runs [auto]."),
+        click.option(
+            "--threshold-mode", type=click.Choice(["relative", "absolute"]), help="Of what [relative]."
+        ),
+        click.option(
+            "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the judge runs [auto]."
+        ),
         click.option("--limit", type=int, help="Only the first so many items."),
         click.option("--out", help="Run folder [.ragate/SUITE]."),
         click.option("--max-batch", type=int, help="Requests that the engine runs at once [64]."),
@@ -90,7 +96,9 @@ def eval_(update_baseline: bool, format_: str, quiet: bool, **flags: Any) -> int
     except KeyboardInterrupt:
         folder = out_folder(settings, load_suite(settings).name)
         again = "ragate " + " ".join(sys.argv[1:])
-        click.echo(f"interrupted: what was judged is safe in {folder}; run `{again}` again to go on", err=True)
+        click.echo(
+            f"interrupted: what was judged is safe in {folder}; run `{again}` again to go on", err=True
+        )
         return EXIT_INTERRUPTED
     gate, baseline = outcome.gate, outcome.baseline
     if update_baseline:
@@ -137,16 +145,25 @@ def show_machine(run: Run, gate: GateResult | None, baseline: Any, format_: str)
         click.echo(render_comment(run, gate, baseline))
         return
     means = {metric: run.mean(metric) for metric in run.metrics}
-    result: dict[str, Any] = {"suite": run.suite, "judge": run.judge, "judge_note": run.judge_note, "means": means}
+    result: dict[str, Any] = {
+        "suite": run.suite,
+        "judge": run.judge,
+        "judge_note": run.judge_note,
+        "means": means,
+    }
     result["gate"] = json.loads(gate.model_dump_json()) if gate else None
     click.echo(json.dumps(result, indent=1))
 
 
 @cli.command()
-@click.option("--baseline", "base", required=True, type=click.Path(path_type=Path), help="Baseline file, or a run.")
+@click.option(
+    "--baseline", "base", required=True, type=click.Path(path_type=Path), help="Baseline file, or a run."
+)
 @click.option("--current", required=True, type=click.Path(path_type=Path), help="Run folder or run.json.")
 @click.option("--threshold", type=float, default=0.05, show_default=True, help="The drop that fails.")
-@click.option("--threshold-mode", type=click.Choice(["relative", "absolute"]), default="relative", show_default=True)
+@click.option(
+    "--threshold-mode", type=click.Choice(["relative", "absolute"]), default="relative", show_default=True
+)
 @click.option("--format", "format_", type=FORMATS, default="text", help="What goes to stdout.")
 def check(base: Path, current: Path, threshold: float, threshold_mode: Any, format_: str) -> int:
     """Gate two stored runs; needs no model. Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 INVALID."""
@@ -219,7 +236,9 @@ def baseline_show(path: Path | None) -> int:
 
 @baseline.command("diff")
 @RUN_ARGUMENT
-@click.option("--baseline", "path", type=click.Path(path_type=Path), help="Baseline file [baselines/SUITE.json].")
+@click.option(
+    "--baseline", "path", type=click.Path(path_type=Path), help="Baseline file [baselines/SUITE.json]."
+)
 def baseline_diff(run: Path | None, path: Path | None) -> int:
     """What `baseline set` would change."""
     from ragate.gate.baseline import diff_baselines, load_baseline
@@ -234,7 +253,9 @@ def baseline_diff(run: Path | None, path: Path | None) -> int:
 
 @cli.command()
 @RUN_ARGUMENT
-@click.option("--baseline", "path", type=click.Path(path_type=Path), help="Baseline file [baselines/SUITE.json].")
+@click.option(
+    "--baseline", "path", type=click.Path(path_type=Path), help="Baseline file [baselines/SUITE.json]."
+)
 def report(run: Path | None, path: Path | None) -> int:
     """Make report.html and comment.md again from a stored run; needs no model."""
     from ragate.gate.verdict import decide
@@ -281,7 +302,9 @@ def models_pull(name: str) -> int:
     from ragate.progress import Progress
 
     with Progress(console(stderr=True)) as progress:
-        path = catalog.model_path(name, progress=lambda done, total: progress.say(f"fetching {name}", done, total))
+        path = catalog.model_path(
+            name, progress=lambda done, total: progress.say(f"fetching {name}", done, total)
+        )
     click.echo(path)
     return 0
 
@@ -331,7 +354,9 @@ def init(force: bool) -> int:
 
     for path in write_init(Path.cwd(), force=force):
         click.echo(f"wrote {path}")
-    click.echo("next: put your test cases where ragate.toml says, then `ragate eval` and `ragate baseline set`")
+    click.echo(
+        "next: put your test cases where ragate.toml says, then `ragate eval` and `ragate baseline set`"
+    )
     return 0
 
 
@@ -359,7 +384,10 @@ def run(arguments: list[str]) -> int:
         elif isinstance(e, RagateError) or type(e).__module__ == "ragate_engine.errors":
             click.echo(f"error: {e}", err=True)
         else:
-            click.echo(f"error: unexpected {type(e).__name__}: {e}; run again with --debug for the traceback", err=True)
+            click.echo(
+                f"error: unexpected {type(e).__name__}: {e}; run again with --debug for the traceback",
+                err=True,
+            )
         return e.exit_code if isinstance(e, RagateError) else EXIT_USAGE
 
 

@@ -20,7 +20,8 @@ def findings(settings: Settings) -> Iterator[str]:
     import torch
 
     yield f"python      {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-    yield "versions    " + ", ".join(f"{name} {_version(name)}" for name in ("ragate", "torch", "transformers", "ragas"))
+    packages = ("ragate", "torch", "transformers", "ragas")
+    yield "versions    " + ", ".join(f"{name} {_version(name)}" for name in packages)
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     yield f"card        {card}"
     yield f"kernels     {_kernels(settings)}"

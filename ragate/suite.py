@@ -11,15 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ragate import catalog
-from ragate.errors import BaselineError, RunError
 from ragate.files import write_whole
-from ragate.gate.baseline import Baseline, baseline_of, baseline_path, git_commit, load_baseline, save_baseline
+from ragate.gate.baseline import (
+    Baseline,
+    baseline_of,
+    baseline_path,
+    git_commit,
+    load_baseline,
+    save_baseline,
+)
 from ragate.gate.verdict import GateResult, decide
 from ragate.run import Run, load_run, save_run
 
 if TYPE_CHECKING:
     from ragate.config import Settings
-    from ragate.evaluate import Event
+    from ragate.evaluate import Event, Timings
+    from ragate.journal import Journal
+    from ragate.judge import Judge
     from ragate.testset import TestSet
 
 Say = Callable[[str, int, int], None]
@@ -41,12 +49,16 @@ class Outcome:
 
 def out_folder(settings: Settings, suite: str) -> Path:
     """Where a suite's run is kept: `--out`, else `.ragate/<suite>`."""
-    return Path(settings.out) if settings.out else Path(".ragate") / suite
+    return Path(settings.out) if settings.out else Path(settings.root) / ".ragate" / suite
 
 
 def baseline_of_suite(settings: Settings, suite: str) -> Path:
     """Where a suite's baseline is kept: the setting, else `baselines/<suite>.json`."""
-    return Path(settings.baseline) if settings.baseline else baseline_path(Path("baselines"), suite)
+    return (
+        Path(settings.baseline)
+        if settings.baseline
+        else baseline_path(Path(settings.root) / "baselines", suite)
+    )
 
 
 def load_suite(settings: Settings) -> TestSet:
@@ -82,7 +94,14 @@ def run_suite(settings: Settings, say: Say, on_event: Callable[[Event], None]) -
     return Outcome(run, gate, baseline, path, costs, written)
 
 
-def _evaluate(settings, testset, journal, say, on_event, stack):  # type: ignore[no-untyped-def]
+def _evaluate(
+    settings: Settings,
+    testset: TestSet,
+    journal: Journal,
+    say: Say,
+    on_event: Callable[[Event], None],
+    stack: ExitStack,
+) -> tuple[Run, Timings]:
     """Open judge, target and embeddings, and judge; heavy imports happen here."""
     from ragate import session
     from ragate.evaluate import evaluate
@@ -93,23 +112,29 @@ def _evaluate(settings, testset, journal, say, on_event, stack):  # type: ignore
     metrics = metrics_named(settings.metrics)
     kv = None if settings.kv_gib is None else int(settings.kv_gib * 2**30)
     session.configure(
-        EngineConfig(device=settings.device, max_batch=settings.max_batch, kv_bytes=kv, threads=settings.threads)
+        EngineConfig(
+            device=settings.device, max_batch=settings.max_batch, kv_bytes=kv, threads=settings.threads
+        )
     )
     stack.callback(session.close_engines)
     target = None
     if settings.target != "stored":
-        target = open_target(settings.target, timeout=settings.target_timeout, options=settings.target_options)
+        target = open_target(
+            settings.target, timeout=settings.target_timeout, options=settings.target_options
+        )
         stack.callback(target.close)
     note = None
     if settings.judge.startswith(("http://", "https://")):
         from ragate.judge import UrlJudge
 
-        judge = UrlJudge(settings.judge)
+        judge: Judge = UrlJudge(settings.judge)
     else:
         from ragate.judge import EngineJudge
 
         choice = catalog.resolve_judge(
-            settings.judge, settings.device, progress=lambda done, total: say("fetching the judge", done, total)
+            settings.judge,
+            settings.device,
+            progress=lambda done, total: say("fetching the judge", done, total),
         )
         engine = session.open_engine(choice.path, lambda done, total: say("loading the judge", done, total))
         judge = EngineJudge(engine, choice.name or str(choice.path))
@@ -118,7 +143,9 @@ def _evaluate(settings, testset, journal, say, on_event, stack):  # type: ignore
     if any(metric.embeds for metric in metrics):
         from ragate.embeddings import MiniLM
 
-        catalog.model_path(settings.embeddings, progress=lambda done, total: say("fetching embeddings", done, total))
+        catalog.model_path(
+            settings.embeddings, progress=lambda done, total: say("fetching embeddings", done, total)
+        )
         embeddings = MiniLM()
         stack.callback(embeddings.close)
     return evaluate(
@@ -135,7 +162,11 @@ def _evaluate(settings, testset, journal, say, on_event, stack):  # type: ignore
 
 
 def write_reports(
-    folder: Path, run: Run, gate: GateResult | None, baseline: Baseline | None, timings: dict[str, object] | None
+    folder: Path,
+    run: Run,
+    gate: GateResult | None,
+    baseline: Baseline | None,
+    timings: dict[str, object] | None,
 ) -> tuple[Path, ...]:
     """Write report.html and comment.md, both made from stored data alone."""
     from ragate.report.html import render_html
@@ -174,5 +205,3 @@ def keep_baseline(run: Run, path: Path) -> Baseline:
     baseline = make_baseline(run)
     save_baseline(baseline, path)
     return baseline
-
-

@@ -87,8 +87,11 @@ class Engine:
         return min(self._runner.max_len, self._runner.kv.num_blocks * 16)
 
     def chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation, rendered by the model's chat template, ready for the assistant's turn."""
-        return self.tokenizer.encode(self.tokenizer.render_chat(messages))
+        """Token ids of a conversation by the model's chat template, ready for the assistant's turn.
+
+        Special-token text inside the messages stays text.
+        """
+        return self.tokenizer.encode_chat(messages)
 
     def submit(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Future[Completion]:
         """Queue a prompt of token ids; the future gives its Completion. Cancelling the future aborts the request.

@@ -133,6 +133,26 @@ class Tokenizer:
         bos, eos = ("" if i is None else self.token_bytes(i).decode() for i in (self.bos_id, self.eos_id))
         return self.template.render(messages, add_generation_prompt, bos_token=bos, eos_token=eos)
 
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's turn, with the model's BOS where it wants one.
+
+        Only the template makes special tokens: text like `<|im_end|>` inside a message gets a space after its
+        first character, so that a retrieved passage cannot end the user's turn.
+        """
+        safe = [{**message, "content": self._without_special(message["content"])} for message in messages]
+        return self.encode(self.render_chat(safe), bos=self.add_bos)
+
+    def _without_special(self, text: str) -> str:
+        for token in self._special_texts:
+            if token in text:
+                text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    @cached_property
+    def _special_texts(self) -> tuple[str, ...]:
+        texts = (self.token_bytes(i).decode("utf-8", "replace") for i in sorted(self.special_ids))
+        return tuple(text for text in texts if len(text) > 1)
+
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> Tokenizer:
         """The tokenizer that the metadata describes. Raises ModelFileError for a kind we do not know."""

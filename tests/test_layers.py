@@ -1,0 +1,62 @@
+"""Imports point one way, and the command line starts without anything heavy."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+HEAVY = {"torch", "triton", "ragas", "transformers", "pandas", "datasets"}
+ENGINE_ORDER = [
+    "errors", "config", "request", "blocks", "scheduler", "quant", "weights", "kernels", "kv", "layers", "model",
+    "grammar", "sampling", "runner", "engine",
+]  # fmt: skip
+
+
+def imports_of(path: Path, *, top_level: bool) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level else ast.walk(tree)
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def test_the_engine_knows_nothing_of_ragate() -> None:
+    for path in (ROOT / "engine").rglob("*.py"):
+        assert not {m for m in imports_of(path, top_level=False) if m.split(".")[0] == "ragate"}, path
+
+
+def test_ragate_knows_the_engine_through_its_front_door_only() -> None:
+    # doctor tells which kernels this machine has, which the front door does not
+    for path in (ROOT / "ragate").rglob("*.py"):
+        inner = {m for m in imports_of(path, top_level=False) if m.startswith("ragate_engine.")}
+        assert not inner or path.name == "doctor.py", (path, inner)
+
+
+def test_no_module_of_ragate_imports_torch_or_triton_at_its_top() -> None:
+    for path in (ROOT / "ragate").rglob("*.py"):
+        assert not {m.split(".")[0] for m in imports_of(path, top_level=True)} & {"torch", "triton"}, path
+
+
+def test_engine_modules_import_only_what_stands_before_them() -> None:
+    base = ROOT / "engine" / "ragate_engine"
+    for path in base.rglob("*.py"):
+        own = path.relative_to(base).with_suffix("").parts[0]
+        if own == "__init__":
+            continue
+        for module in imports_of(path, top_level=True):
+            parts = module.split(".")
+            if parts[0] == "ragate_engine" and len(parts) > 1:
+                assert ENGINE_ORDER.index(parts[1]) <= ENGINE_ORDER.index(own), f"{path} imports {module}"
+
+
+def test_the_command_line_starts_without_anything_heavy() -> None:
+    code = "import sys, ragate.cli, ragate.suite, ragate.gate.verdict; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(out.stdout.split())
