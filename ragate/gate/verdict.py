@@ -108,8 +108,8 @@ def decide(
     `metrics` narrows the comparison; by default it is over all metrics of both sides, which must be the same.
     Raises ConfigError when a setting makes no sense; whatever is wrong with the data is an INVALID verdict.
     """
-    if not 0 <= threshold < 1:  # also refuses NaN
-        raise ConfigError(f"threshold must be at least 0 and below 1, got {threshold:g}; 5 % is 0.05")
+    if not 0 <= threshold <= 1:  # also refuses NaN
+        raise ConfigError(f"threshold must be between 0 and 1, got {threshold:g}; 5 % is 0.05")
     if mode not in ("relative", "absolute"):
         raise ConfigError(f"threshold_mode must be relative or absolute, got {mode!r}")
     wanted = tuple(dict.fromkeys((*run.metrics, *base.metrics) if metrics is None else metrics))

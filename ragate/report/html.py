@@ -176,10 +176,10 @@ def _in_pre(text: str) -> Markup:
 
 
 def _commands(text: str) -> Markup:
-    """Escaped, with what stands between backticks marked as code."""
+    """Escaped, with our commands marked as code."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(visible(text)))))
+    return Markup(re.sub("`(ragate [a-z ]+)`", r"<code>\1</code>", str(escape(visible(text)))))
 
 
 def _cut(text: str, longest: int) -> str:

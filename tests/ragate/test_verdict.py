@@ -244,7 +244,7 @@ def test_the_fingerprint_of_a_metric_that_is_not_compared_is_no_obstacle() -> No
     assert decide(base, other, metrics=["faithfulness"]).verdict == "INVALID"
 
 
-@pytest.mark.parametrize("threshold", [-0.01, 1.0, 5, float("nan")])
+@pytest.mark.parametrize("threshold", [-0.01, 1.01, 5, float("nan")])
 def test_a_threshold_that_is_no_share_is_refused(threshold: float) -> None:
     with pytest.raises(ConfigError, match=r"5 % is 0\.05"):
         _gate([1.0] * 10, [1.0] * 10, threshold=threshold)

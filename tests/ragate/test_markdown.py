@@ -1,0 +1,193 @@
+"""The pull-request comment: its parts, its limit, and that no text of others means anything in it."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from runs import HOSTILE, METRICS, errored_run, good_run, hostile_run, partial_run, plain_run, worse_run
+
+from ragate.gate.baseline import Baseline, baseline_of
+from ragate.gate.verdict import decide
+from ragate.report.markdown import comment_marker, escape, render_comment
+from ragate.run import Run
+
+DATE = datetime(2025, 11, 20, 9, 30, tzinfo=UTC)
+
+
+def _baseline(run: Run) -> Baseline:
+    return baseline_of(run, commit="3f2a91c7" * 5, date=DATE)
+
+
+def _comment(run: Run, base: Run | None = None, **options: str) -> str:
+    baseline = _baseline(base) if base else None
+    return render_comment(run, decide(baseline, run) if baseline else None, baseline, **options)
+
+
+def test_the_comment_begins_with_its_marker_and_an_alert_in_words() -> None:
+    lines = _comment(worse_run(), good_run()).splitlines()
+    assert lines[:2] == ["<!-- ragate:llm-serving -->", "> [!CAUTION]"]
+    assert lines[2].startswith(
+        "> **❌ FAIL** llm-serving: faithfulness fell 11.3 pt (limit 4.7 pt), from 0.931 to 0.817"
+    )
+
+
+@pytest.mark.parametrize(
+    ("run", "base", "alert"),
+    [
+        (good_run(12), good_run(12), "> [!TIP]\n> **✅ PASS**"),
+        (
+            good_run(12, judge="x", fingerprint={"judge": "x"}),
+            good_run(12),
+            "> [!IMPORTANT]\n> **⛔ INVALID**",
+        ),
+        (good_run(12), None, "> [!NOTE]\n> **➖ NO BASELINE**"),
+        (partial_run(12), None, "> [!NOTE]\n> **➖ PARTIAL NO BASELINE**"),
+        (partial_run(12), good_run(12), "> [!IMPORTANT]\n> **⛔ PARTIAL INVALID**"),
+    ],
+)
+def test_each_verdict_has_its_alert_icon_and_word(run: Run, base: Run | None, alert: str) -> None:
+    assert alert in _comment(run, base)
+
+
+def test_the_table_has_a_row_for_each_metric() -> None:
+    rows = [line for line in _comment(worse_run(), good_run()).splitlines() if line.startswith("| ")]
+    assert rows[0] == "| metric | base | head | delta | limit | items | verdict |"
+    assert rows[3] == r"| faithfulness | 0.931 | **0.817** | −11.3 pt | −4.7 pt | 100 | ❌ FAIL |"
+    assert [row.split(" | ")[0] for row in rows[1:]] == [
+        rf"| {metric.replace('_', chr(92) + '_')}" for metric in METRICS
+    ]
+
+
+def test_an_improvement_is_a_positive_delta_and_no_change_is_zero() -> None:
+    up = _comment(plain_run({"m": [0.9] * 10}), plain_run({"m": [0.8] * 10}))
+    assert "| m | 0.800 | **0.900** | +10.0 pt | −4.0 pt | 10 | ✅ PASS |" in up
+    assert "| ±0.0 pt |" in _comment(good_run(12), good_run(12))
+
+
+def test_regressed_items_are_folded_with_question_scores_and_reason() -> None:
+    text = _comment(worse_run(), good_run())
+    assert "<summary>32 items regressed</summary>\n\n- **serving-001**" in text
+    first = text[text.index("- **serving-001**") :].splitlines()[0]
+    assert "Why is the KV cache split into blocks of 16 tokens?" in first
+    assert r"context\_recall 1.00 → 0.00" in first
+    assert "No passage mentions it" in first
+    assert text.count("\n- **") == 32
+
+
+def test_items_without_a_score_are_listed_with_their_error() -> None:
+    text = _comment(errored_run(), good_run())
+    assert "<summary>4 items without a score</summary>" in text
+    assert "faithfulness 1.00 → timeout<br>no answer from the judge in 120 s" in text
+    assert "| 97, 1 error, 1 timeout, 1 truncated |" in text
+
+
+def test_the_footer_names_judge_fingerprint_items_baseline_and_the_way_to_accept() -> None:
+    run = worse_run()
+    text = _comment(run, good_run(), report_url="https://example.org/report.html?a=1#x")
+    assert (
+        f"<sub>judge qwen2.5-coder-1.5b · fingerprint {run.fingerprint_id} · 100 items · "
+        "baseline 3f2a91c73f, 2025-11-20 09:30 UTC</sub>"
+    ) in text
+    assert "[Full report](https://example.org/report.html?a=1#x)" in text
+    assert "If the change is wanted, `ragate baseline set` accepts it as the new baseline." in text
+
+
+@pytest.mark.parametrize("url", ["javascript:alert(1)", "https://x/) [y](https://z", "https://x/ y"])
+def test_a_report_address_that_is_no_plain_link_is_left_out(url: str) -> None:
+    assert "Full report" not in _comment(good_run(12), report_url=url)
+
+
+def test_several_reasons_of_an_invalid_run_are_listed() -> None:
+    text = _comment(good_run(12, fingerprint={"judge": "x", "ragas": "0.4.4"}), good_run(12))
+    assert "> - judge differs: baseline sha256:9f2c51d04ab37e66…, run x" in text
+    assert "> - ragas differs: baseline 0.4.3, run 0.4.4" in text
+
+
+def test_an_unproven_judge_stands_in_the_alert() -> None:
+    assert "\n> ⚠️ Unproven judge: tiny." in _comment(
+        good_run(12, judge_note="Unproven judge: tiny."), good_run(12)
+    )
+
+
+def test_a_comment_never_exceeds_what_github_takes_and_says_what_it_left_out() -> None:
+    base = plain_run({metric: [1.0] * 3000 for metric in METRICS})
+    run = plain_run({metric: [0.25] * 3000 for metric in METRICS})
+    text = _comment(run, base, report_url="https://example.org/")
+    assert 60_000 < len(text) <= 65_536
+    listed = text.count("\n- **q")
+    assert f"- … and {3000 - listed} more in the report" in text
+    assert "[Full report]" in text
+    assert text.count("<details>") == text.count("</details>") == 1
+
+
+def test_hostile_texts_of_any_length_stay_within_the_limit() -> None:
+    run = hostile_run()
+    long = run.model_copy(
+        update={"judge_note": HOSTILE * 500, "suite": HOSTILE * 500, "judge": HOSTILE * 500}
+    )
+    assert len(_comment(long)) <= 65_536
+
+
+def _fallen(run: Run) -> tuple[Run, Run]:
+    """`run` with every score at 0, and `run` itself."""
+    scores = tuple(score.model_copy(update={"value": 0.0}) for score in run.scores)
+    return run.model_copy(update={"scores": scores}), run
+
+
+def test_hostile_text_neither_breaks_out_nor_mentions_nor_links() -> None:
+    text = _comment(*_fallen(hostile_run()))
+    assert text.count("\n- **") == 12
+    assert not re.search(r"@\w|(?<!&)#\d|://", text)
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202e]", text)
+    text.encode()
+
+
+def test_a_markdown_reader_finds_no_element_of_a_hostile_comment_but_ours() -> None:
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(_comment(*_fallen(hostile_run())))
+    calm = MarkdownIt("commonmark", {"html": True}).enable("table").render(_comment(*_fallen(good_run(12))))
+    tags = [re.findall(r"<(/?[a-z0-9]+)", page) for page in (html, calm)]
+    assert [set(found) for found in tags] == [set(tags[1])] * 2
+    assert tags[0].count("li") == tags[1].count("li") == 12
+    assert "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert "**bold** $x$" in html
+
+
+def test_the_marker_is_one_comment_whatever_the_suite_is_called() -> None:
+    assert comment_marker("llm-serving") == "<!-- ragate:llm-serving -->"
+    assert comment_marker("a --> <b>\n") == "<!-- ragate:a-b- -->"
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("a|b", r"a\|b"),
+        ("`x`", r"\`x\`"),
+        ("@octocat", "@&#8203;octocat"),
+        ("fixes #12", "fixes #&#8203;12"),
+        ("GH-12", "GH-&#8203;12"),
+        ("<img src=x>", "&lt;img src=x&gt;"),
+        ("&amp;", "&amp;amp;"),
+        ("[a](b)", r"\[a\](b)"),
+        ("https://evil.example", "https:&#8203;//evil.example"),
+        ("www.evil.example", "www&#8203;.evil.example"),
+        ("one\ntwo\r\nthree", "one two three"),
+        ("\x1b[31mred\x1b[0m", "red"),
+        ("\\`", r"\\\`"),
+        ("$x^2$", r"\$x^2\$"),
+    ],
+)
+def test_each_kind_of_markup_is_disarmed(text: str, escaped: str) -> None:
+    assert escape(text) == escaped
+
+
+@given(st.text())
+def test_escaped_text_is_one_line_without_live_markup(text: str) -> None:
+    escaped = escape(text)
+    assert not set("\r\n<>") & set(escaped)
+    assert not re.search(r"@\w|(?<!&)#\d|://", escaped)
+    assert not re.search(r"(?<!\\)(\\\\)*[`|*_\[\]]", escaped)
