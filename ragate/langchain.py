@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
-    from ragate_engine import Completion, Engine
-
     from ragate.embeddings import MiniLM
+    from ragate_engine import Completion, Engine
 
 
 class ChatRagate(BaseChatModel):  # type: ignore[misc]
@@ -80,7 +79,7 @@ class ChatRagate(BaseChatModel):  # type: ignore[misc]
                 ) from e
 
         parser = RunnableLambda(parse)
-        writer = self.bind(schema=json.dumps(tree, separators=(",", ":")))
+        writer = self.bind(schema=json.dumps(_closed(tree), separators=(",", ":")))
         if not include_raw:
             return writer | parser
         parsed = RunnablePassthrough.assign(
@@ -156,6 +155,16 @@ class RagateEmbeddings(Embeddings):  # type: ignore[misc]
     def embed_query(self, text: str) -> list[float]:
         """The embedding of one text."""
         return self.embed_documents([text])[0]
+
+
+def _closed(tree: Any) -> Any:
+    """The schema with no room for keys that it does not name, where it does not say otherwise."""
+    if isinstance(tree, list):
+        return [_closed(part) for part in tree]
+    if not isinstance(tree, dict):
+        return tree
+    closed = {name: _closed(part) for name, part in tree.items()}
+    return {"additionalProperties": False, **closed} if isinstance(tree.get("properties"), dict) else closed
 
 
 def _turn(message: BaseMessage) -> dict[str, str]:

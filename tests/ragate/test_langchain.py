@@ -75,7 +75,10 @@ def test_structured_output_is_an_instance_of_the_class(engine: FakeEngine) -> No
     found = ChatRagate(engine=engine).with_structured_output(Verdict).invoke("Judge.")
     assert isinstance(found, Verdict)
     assert found.tags
-    assert json.loads(engine.params[0].schema or "") == Verdict.model_json_schema()
+    assert json.loads(engine.params[0].schema or "") == {
+        "additionalProperties": False,
+        **Verdict.model_json_schema(),
+    }
 
 
 def test_structured_output_of_a_dict_schema_is_a_dict(engine: FakeEngine) -> None:
