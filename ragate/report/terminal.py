@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ragate.gate.verdict import points, shorten
 from ragate.report.untrusted import plain
@@ -94,11 +94,18 @@ def _table(title: str, columns: tuple[str, ...]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, title=Text(plain(title)), title_justify="left", title_style="bold")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        title=Text(plain(title)),
+        title_justify="left",
+        title_style="bold",
+    )
     for name in columns:
-        table.add_column(
-            name, justify="left" if name in ("metric", "states", "verdict") else "right", no_wrap=True
-        )
+        justify: Literal["left", "right"] = "left" if name in ("metric", "states", "verdict") else "right"
+        # where the terminal is narrow only the states wrap: a number is never cut
+        table.add_column(name, justify=justify, no_wrap=name != "states")
     return table
 
 

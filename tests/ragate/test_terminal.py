@@ -53,6 +53,14 @@ def test_the_gate_prints_a_row_for_each_metric_and_the_sentence_last_but_the_way
     assert "`ragate baseline set`" in lines[-1]
 
 
+@pytest.mark.parametrize("run", [worse_run(), errored_run(), good_run(fingerprint={"judge": "x"})])
+def test_no_number_is_cut_in_a_terminal_of_80_columns(run: Run) -> None:
+    lines = _gate(run, good_run(), width=80).splitlines()
+    rows = [line for line in lines if re.match(r" \w+ +0\.\d{3} ", line)]
+    assert len(rows) == 4
+    assert not any("…" in row or len(row) > 80 for row in rows)
+
+
 def test_failing_metrics_list_their_largest_drops() -> None:
     text = _gate(worse_run(), good_run())
     assert "context_recall, largest drops" in text
