@@ -204,17 +204,16 @@ def _headline(run: Run, gate: GateResult | None, baseline: Baseline | None) -> d
         sentence = f"the run cannot be compared with the baseline, for {len(gate.reasons)} reasons"
     lead, _, rest = sentence.partition("; ")
     done = sum(1 for s in run.scores if s.metric in run.metrics)
+    way_out = (gate.way_out or "") if gate else ""
+    if gate is None and baseline is None:
+        way_out = "`ragate baseline set` makes this run the baseline"
     return {
         "word": word,
         "tone": tone,
         "lead": lead,
         "rest": rest.split("; also ") if rest else [],
         "partial": f"{done} of {len(run.items) * len(run.metrics)} scores were made" if run.partial else None,
-        "next": gate.way_out
-        if gate
-        else "`ragate baseline set` makes this run the baseline"
-        if not baseline
-        else None,
+        "next": way_out[:1].upper() + way_out[1:],
     }
 
 
@@ -380,7 +379,9 @@ def _fingerprint(run: Run, baseline: Baseline | None) -> list[dict[str, Any]]:
 def _usage(run: Run, timings: dict[str, Any]) -> dict[str, Any]:
     """Token counts and seconds; what `timings` does not have, or has in another shape, is left out."""
     engine = _part_of(timings, "engine")
-    phases = {str(name): _number(value) for name, value in _part_of(timings, "seconds").items()}
+    # what all took together leads its parts
+    phases: dict[str, float | None] = {"total": None}
+    phases |= {str(name): _number(value) for name, value in _part_of(timings, "seconds").items()}
     for name, value in engine.items():
         if name.startswith("seconds_"):
             phases[f"engine: {name.removeprefix('seconds_')}"] = _number(value)
