@@ -24,4 +24,6 @@ def write_whole(path: Path, text: str) -> None:
     except OSError as e:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
-        raise RunError(f"{path}: cannot write: {e.strerror}; free some space or name another folder with --out") from None
+        raise RunError(
+            f"{path}: cannot write: {e.strerror}; free some space or name another folder with --out"
+        ) from None

@@ -160,6 +160,8 @@ class Engine:
     # ---- the loop, in the engine's own thread ----
 
     def _loop(self) -> None:
+        if self._runner.own_threads:
+            torch.set_num_threads(1)  # of this thread: OpenMP's waiting threads would take the kernels' cores
         try:
             while self._take_inbox():
                 self._step()

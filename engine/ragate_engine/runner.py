@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -61,8 +62,10 @@ class Runner:
         self.kernels, self.backend = choose(self.device, "reference" if plain else config.kernels)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        if hasattr(self.kernels, "set_threads"):
-            self.kernels.set_threads(config.threads or torch.get_num_threads())
+        self.own_threads = hasattr(self.kernels, "set_threads")
+        """Whether the kernels bring their own threads."""
+        if self.own_threads:
+            self.kernels.set_threads(config.threads or os.cpu_count() or 1)
         try:
             self.decoder = Decoder(
                 model, checkpoint.load, self.kernels, self.dtype, self.device, self.max_len, progress

@@ -28,6 +28,9 @@ class Pipeline:
     the writer), `model` (a catalogue name or a path), `max_tokens` of an answer. Raises TargetError for bad ones.
     """
 
+    concurrency = 64
+    """Questions asked at once: the engine batches them."""
+
     def __init__(
         self,
         documents: str = "testsets/llm-serving/documents",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import PROMPTS, cached_model
+
 from ragate_engine import Engine, EngineConfig, SamplingParams
 from ragate_engine.kernels import StepInputs
 from ragate_engine.request import Request, Row, StepPlan

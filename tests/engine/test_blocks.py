@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from ragate_engine.blocks import BlockPool, chain_hash, extend_hashes
 
 

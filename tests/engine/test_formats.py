@@ -10,10 +10,11 @@ from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import cached_model
+from tiny_gguf import random_blocks
+
 from ragate_engine.quant import formats
 from ragate_engine.quant.formats import DENSE, FORMATS, decode
 from ragate_engine.quant.tensor import QuantTensor
-from tiny_gguf import random_blocks
 
 
 def same_bits(ours: torch.Tensor, theirs: np.ndarray) -> bool:

@@ -15,11 +15,12 @@ from gguf import GGMLQuantizationType as Kind
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import cached_model
+from tiny_gguf import HEAD_DIM, HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, write_tiny
+
 from ragate_engine import ModelFileError
 from ragate_engine.config import RopeConfig
 from ragate_engine.weights import Checkpoint, names, open_checkpoint
 from ragate_engine.weights.gguf import read_header
-from tiny_gguf import HEAD_DIM, HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, write_tiny
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from ragate_engine import ModelFileError
 from ragate_engine.config import RopeConfig
 from ragate_engine.weights import names, open_checkpoint
-from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from ragate_engine.blocks import BlockPool
 from ragate_engine.request import Request, SamplingParams, Status, Usage
 from ragate_engine.scheduler import Scheduler

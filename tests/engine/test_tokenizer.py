@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import cached_model
+from tiny_gguf import TEMPLATE, write_tiny
+
 from ragate_engine import ConfigError, ModelFileError
 from ragate_engine.weights.chat import ChatTemplate
 from ragate_engine.weights.gguf import GGUFFile, read_header
 from ragate_engine.weights.tokenizer import Tokenizer
-from tiny_gguf import TEMPLATE, write_tiny
 
 FIXED = [
     "", " ", "  ", "   ", "\n", "\n\n\n ", "\t\tx", " \n x", "a  b   c    d", " leading", "trailing ",

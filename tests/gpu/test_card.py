@@ -10,6 +10,7 @@ import random
 
 import pytest
 import torch
+
 from ragate_engine import Completion, Engine, EngineConfig, SamplingParams
 from ragate_engine.kernels import HeadShape, StepInputs, reference
 

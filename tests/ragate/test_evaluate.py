@@ -17,8 +17,6 @@ import pytest
 from fake_embeddings import FakeEmbeddings
 from fake_engine import FakeEngine
 from ragas.metrics.result import MetricResult
-from ragate_engine.errors import DeviceError
-from ragate_engine.request import SamplingParams
 
 from ragate.errors import ConfigError, RunError, TargetError
 from ragate.evaluate import Answer, Event, evaluate
@@ -27,6 +25,8 @@ from ragate.judge import EngineJudge
 from ragate.metrics import METRICS, Metric
 from ragate.run import load_run, save_run
 from ragate.testset import Item, TestSet
+from ragate_engine.errors import DeviceError
+from ragate_engine.request import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -25,14 +25,14 @@ from ragas.metrics.collections.faithfulness.util import (
     NLIStatementPrompt,
     StatementGeneratorOutput,
 )
-from ragate_engine.errors import DeviceError, EngineError
-from ragate_engine.request import TokenInfo
 
 from ragate.errors import ConfigError, RunError
 from ragate.journal import Journal
 from ragate.judge import EngineJudge, JudgeError, TruncatedError, UrlJudge, probe_hash, verdict_probabilities
 from ragate.metrics import METRICS, RECORD, Record
 from ragate.schemas import answer_schema, breach, portable
+from ragate_engine.errors import DeviceError, EngineError
+from ragate_engine.request import TokenInfo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

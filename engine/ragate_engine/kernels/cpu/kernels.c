@@ -6,6 +6,7 @@
  */
 #include <math.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -37,6 +38,14 @@ static struct {
   const void *context;
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .owner = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .size = 1};
 
+/* One turn of a waiting loop: a short pause at first, then the core is given to whoever needs it. */
+static void wait_turn(int *spins) {
+  if (++*spins > 500) sched_yield();
+#if defined(__x86_64__)
+  else __builtin_ia32_pause();
+#endif
+}
+
 static void run_tasks(void) {
   long i;
   while ((i = atomic_fetch_add(&pool.next, 1)) < atomic_load(&pool.count)) {
@@ -49,11 +58,8 @@ static void *worker(void *unused) {
   for (;;) {
     int spins = 0;
     while (atomic_load_explicit(&pool.generation, memory_order_acquire) == seen) {
-      if (++spins < 4000) {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#endif
-      } else {
+      if (spins < 600) wait_turn(&spins);
+      else {
         pthread_mutex_lock(&pool.lock);
         while (atomic_load(&pool.generation) == seen) pthread_cond_wait(&pool.wake, &pool.lock);
         pthread_mutex_unlock(&pool.lock);
@@ -95,11 +101,7 @@ static void parallel(task_fn task, const void *context, long count) {
   pthread_cond_broadcast(&pool.wake);
   pthread_mutex_unlock(&pool.lock);
   run_tasks();
-  while (atomic_load(&pool.pending)) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
+  for (int spins = 0; atomic_load(&pool.pending);) wait_turn(&spins);
   pthread_mutex_unlock(&pool.owner);
 }
 
