@@ -53,7 +53,9 @@ class MiniLM(BaseRagasEmbedding):  # type: ignore[misc]
             use_safetensors=True,
         ).eval()
         self._vectors: dict[str, list[float]] = {}
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ragate-embed")
+        self._worker = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="ragate-embed", initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     def embed_text(self, text: str, **kwargs: Any) -> list[float]:
         """The embedding of one text: 384 floats of length 1."""

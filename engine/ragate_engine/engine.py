@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -160,8 +161,8 @@ class Engine:
     # ---- the loop, in the engine's own thread ----
 
     def _loop(self) -> None:
-        if self._runner.own_threads:
-            torch.set_num_threads(1)  # of this thread: OpenMP's waiting threads would take the kernels' cores
+        # of this thread: where kernels bring their own threads, OpenMP's waiting ones would take their cores
+        torch.set_num_threads(1 if self._runner.own_threads else self.config.threads or os.cpu_count() or 1)
         try:
             while self._take_inbox():
                 self._step()
@@ -223,30 +224,29 @@ class Engine:
         for i, row in enumerate(rows):
             if row.request.grammar is not None:
                 row.request.grammar.fill_mask(masks[i])
-        picked, lse = self._runner.kernels.pick(logits, torch.from_numpy(masks).to(logits.device))
+        bits = torch.from_numpy(masks).to(logits.device)
+        ops = self._runner.kernels
+        picked, lse = ops.pick(logits, bits)
+        count = max(row.request.params.logprobs for row in rows)
+        top_ids, top_logits = (t.tolist() for t in ops.likeliest(logits, bits, count)) if count else ([], [])
         ids, sums = picked.tolist(), lse.tolist()
+        chosen = logits.gather(1, picked.long().clamp(min=0)[:, None])[:, 0].tolist()
         for i, row in enumerate(rows):
             request, params = row.request, row.request.params
             token = ids[i]
             if token < 0:
                 self._fail(request, GrammarError("the grammar allows no token here"))
                 continue
-            sampled = params.temperature > 0
-            values = logits[i].cpu().numpy() if sampled or params.logprobs else None
-            allowed = None
-            if values is not None and request.grammar is not None:
+            if params.temperature > 0:
+                values = logits[i].cpu().numpy()
                 allowed = sampling.allowed_tokens(masks[i], len(values))
-            if sampled and values is not None:
-                everything = np.ones(len(values), np.bool_) if allowed is None else allowed
-                token = sampling.sample(values, everything, params, len(request.tokens))
+                token = sampling.sample(values, allowed, params, len(request.tokens))
             logprob: float | None = None
             top: tuple[tuple[str, float], ...] = ()
-            if params.logprobs and values is not None:
-                logprob = float(values[token]) - sums[i]
-                top = tuple(
-                    (self._token_text(int(t)), float(values[t]) - sums[i])
-                    for t in sampling.likeliest(values, allowed, params.logprobs)
-                )
+            if params.logprobs:
+                logprob = chosen[i] - sums[i] if token == ids[i] else float(logits[i, token]) - sums[i]
+                best = zip(top_ids[i][: params.logprobs], top_logits[i], strict=False)
+                top = tuple((self._token_text(t), value - sums[i]) for t, value in best if t >= 0)
             self._accept(request, token, logprob, top)
 
     def _token_text(self, token: int) -> str:

@@ -41,9 +41,9 @@ class Linear:
         self.bias = torch.cat([b.to(device=device, dtype=dtype) for b in biases]) if biases else None
         self.kernels = kernels
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[M, in] -> [M, sum of out]."""
-        y: torch.Tensor = self.kernels.linear(x, self.packed, self.bias)
+    def __call__(self, x: torch.Tensor, wide: bool = False) -> torch.Tensor:
+        """[M, in] -> [M, sum of out], in float32 when `wide`."""
+        y: torch.Tensor = self.kernels.linear(x, self.packed, self.bias, wide)
         return y
 
 

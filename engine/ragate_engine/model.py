@@ -115,6 +115,6 @@ class Decoder:
         if not len(wanted):  # a chunk in the middle of a prompt
             return torch.empty(0, self.config.vocab_size, device=h.device)
         last = self.kernels.rms_norm(h[wanted], delta[wanted], self.final_norm, self.config.norm_eps)
-        logits = self.head(last).float()
+        logits = self.head(last, wide=True)
         cap = self.config.logit_soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -1,4 +1,4 @@
-"""From logits to a token: greedy through the `pick` kernel, else keyed Gumbel noise; and the logprobs beside it."""
+"""From logits to a sampled token by keyed Gumbel noise (greedy ones are picked by a kernel)."""
 
 from __future__ import annotations
 
@@ -39,17 +39,3 @@ def sample(logits: Logits, allowed: npt.NDArray[np.bool_], params: SamplingParam
     noise = gumbel(params.seed, position, len(logits))
     kept = np.sort(order)
     return int(ids[kept[np.argmax(scaled[kept] + noise[ids[kept]])]])
-
-
-def likeliest(logits: Logits, allowed: npt.NDArray[np.bool_] | None, count: int) -> npt.NDArray[np.int64]:
-    """The `count` likeliest allowed tokens, best first, the lowest id among equals."""
-    ids = np.arange(len(logits)) if allowed is None else np.flatnonzero(allowed)
-    values = logits[ids]
-    if len(ids) > 16 * count:
-        near = np.flatnonzero(
-            values > values.max() - 8.0
-        )  # far cheaper than a partial sort, and nearly always enough
-        if len(near) < count:
-            near = np.flatnonzero(values >= np.partition(values, -count)[-count])
-        ids, values = ids[near], values[near]
-    return ids[np.lexsort((ids, -values))[:count]]

@@ -3,13 +3,14 @@
 Backends: `reference` (plain torch, any device: the oracle), `cpu` (one C file), `triton` (NVIDIA). Each has
 
     pack_linear(weight) -> Packed                  prepare a [out, in] weight once
-    linear(x, packed, bias) -> y                   [M, in] -> [M, out]
+    linear(x, packed, bias, wide) -> y             [M, in] -> [M, out], float32 when wide
     rms_norm(h, x, weight, eps) -> y               h += x (unless None), then normalize; h is updated in place
     make_kv(blocks, kv_heads, head_dim, ...)       the K and V cache of one layer, in the backend's own layout
     rope_write_kv(qkv, ..., step, k, v, shape)     normalize and turn q and k in place, write k and v to their slots
     attention(qkv, k, v, step, shape, ...) -> out  causal paged attention
     act_mul(x, activation) -> y                    act(gate) * up
     pick(logits, mask) -> (ids, lse)               likeliest allowed token (lowest id among equals), log-sum-exp
+    likeliest(logits, mask, n) -> (ids, logits)    the n likeliest allowed tokens
 
 and in each the bits of a row depend on that row's own sequence alone.
 """

@@ -37,8 +37,8 @@ def pack_linear(weight: torch.Tensor) -> Packed:
     return Packed(weight.contiguous(), weight.shape[0], False)
 
 
-def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
-    """y [M, out] = x [M, in] W^T + bias, in tiles of exactly 64 rows."""
+def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, wide: bool = False) -> torch.Tensor:
+    """y [M, out] = x [M, in] W^T + bias, in tiles of exactly 64 rows; in float32 when `wide`, else in x's dtype."""
     rows = x.shape[0]
     padded = F.pad(x, (0, 0, 0, -rows % ROWS))
     tiles = []
@@ -46,7 +46,7 @@ def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.
         if packed.prepacked:
             y = torch.ops.mkldnn._linear_pointwise(tile.contiguous(), packed.weight, None, "none", [], "")
         else:
-            y = F.linear(tile, packed.weight)
+            y = F.linear(tile.float(), packed.weight.float()) if wide else F.linear(tile, packed.weight)
         tiles.append(y)
     y = torch.cat(tiles)[:rows] if len(tiles) > 1 else tiles[0][:rows]
     return y if bias is None else y + bias
@@ -163,13 +163,25 @@ def act_mul(x: torch.Tensor, activation: str) -> torch.Tensor:
     return (acted * up).to(x.dtype)
 
 
+def _masked(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Logits with -inf where the bit mask forbids the token."""
+    bits = (mask.unsqueeze(-1) >> torch.arange(32, device=mask.device, dtype=torch.int32)) & 1
+    return logits.masked_fill(~bits.flatten(1)[:, : logits.shape[1]].bool(), float("-inf"))
+
+
 def pick(logits: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """logits [M, V] float32, mask [M, ceil(V / 32)] int32 bits: (ids [M], log-sum-exp over all tokens [M])."""
-    bits = (mask.unsqueeze(-1) >> torch.arange(32, device=mask.device, dtype=torch.int32)) & 1
-    allowed = bits.flatten(1)[:, : logits.shape[1]].bool()
-    masked = logits.masked_fill(~allowed, float("-inf"))
+    masked = _masked(logits, mask)
     best = masked.amax(-1, keepdim=True)
     ids = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
-    first = ids.masked_fill((masked != best) | ~allowed, logits.shape[1]).amin(-1)
-    first = torch.where(first == logits.shape[1], torch.full_like(first, -1), first)
+    first = ids.masked_fill(masked != best, logits.shape[1]).amin(-1)
+    first = torch.where(best.squeeze(-1) == float("-inf"), torch.full_like(first, -1), first)
     return first, torch.logsumexp(logits, -1)
+
+
+def likeliest(logits: torch.Tensor, mask: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` likeliest allowed tokens, best first: ids (-1 where fewer) and logits, [M, count] each."""
+    values, ids = _masked(logits, mask).topk(count, dim=-1)
+    ids, order = ids.sort(dim=-1)  # equals by id, then by value in a stable sort
+    values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    return ids.gather(-1, order).masked_fill(values == float("-inf"), -1), values

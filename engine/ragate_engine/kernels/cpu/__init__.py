@@ -114,8 +114,8 @@ def pack_linear(weight: torch.Tensor) -> Packed:
     return Packed(padded.view(rows, BLOCK_SIZE, in_features).transpose(1, 2).contiguous(), out_features)
 
 
-def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
-    """y [M, out] = x [M, in] W^T + bias."""
+def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, wide: bool = False) -> torch.Tensor:
+    """y [M, out] = x [M, in] W^T + bias; always float32, so `wide` changes nothing."""
     rows, in_features = x.shape
     y = torch.empty(rows, packed.out_features)
     _call("rg_linear", _ptr(x), _ptr(packed.panels), _ptr(bias), _ptr(y), c_long(rows), c_long(in_features),
@@ -200,3 +200,12 @@ def pick(logits: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.
     _call("rg_pick", _ptr(logits), _ptr(mask), _ptr(ids), _ptr(lse), c_long(rows), c_long(vocabulary),
           c_long(mask.shape[1]))  # fmt: skip
     return ids, lse
+
+
+def likeliest(logits: torch.Tensor, mask: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` likeliest allowed tokens, best first: ids (-1 where fewer) and logits, [M, count] each."""
+    rows, vocabulary = logits.shape
+    ids, values = torch.empty(rows, count, dtype=torch.int32), torch.empty(rows, count)
+    _call("rg_likeliest", _ptr(logits), _ptr(mask), _ptr(ids), _ptr(values), c_long(rows), c_long(vocabulary),
+          c_long(mask.shape[1]), c_long(count))  # fmt: skip
+    return ids, values

@@ -458,6 +458,36 @@ static void pick_task(const void *context, long m) {
   a->lse[m] = top + (float)log((double)lane_sum(lanes));
 }
 
+/* The `count` likeliest allowed tokens of each row, best first, the lowest id among equals; ids are -1 where fewer are
+ * allowed. values are their logits. */
+typedef struct { const float *x; const int32_t *mask; long V, words, count; int32_t *ids; float *values; } top_args;
+
+static void top_task(const void *context, long m) {
+  const top_args *a = context;
+  const float *x = a->x + m * a->V;
+  const int32_t *mask = a->mask + m * a->words;
+  int32_t *ids = a->ids + m * a->count;
+  float *values = a->values + m * a->count;
+  for (long j = 0; j < a->count; j++) { ids[j] = -1; values[j] = -INFINITY; }
+  for (long w = 0; w < a->words; w++) {
+    uint32_t bits = (uint32_t)mask[w];
+    while (bits) {
+      long i = w * 32 + __builtin_ctz(bits), j = a->count - 1;
+      bits &= bits - 1;
+      if (i >= a->V || !(x[i] > values[j])) continue;
+      for (; j > 0 && x[i] > values[j - 1]; j--) { ids[j] = ids[j - 1]; values[j] = values[j - 1]; }
+      ids[j] = (int32_t)i;
+      values[j] = x[i];
+    }
+  }
+}
+
+/* logits [M, V], mask [M, words]: ids and values [M, count]. */
+void rg_likeliest(const float *logits, const int32_t *mask, int32_t *ids, float *values, long M, long V, long words, long count) {
+  top_args a = {logits, mask, V, words, count, ids, values};
+  parallel(top_task, &a, M);
+}
+
 /* logits [M, V], mask [M, words] (bit i of word w allows token 32 w + i): id [M] the likeliest allowed token, the lowest
  * id among equals, -1 where none is allowed; lse [M] log-sum-exp over all tokens. */
 void rg_pick(const float *logits, const int32_t *mask, int32_t *id, float *lse, long M, long V, long words) {

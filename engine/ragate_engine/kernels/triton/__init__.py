@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from ragate_engine.kernels.reference import make_kv
+from ragate_engine.kernels.reference import likeliest, make_kv
 from ragate_engine.kernels.triton.attention import attention
 from ragate_engine.kernels.triton.linear import linear
 from ragate_engine.kernels.triton.rowwise import act_mul, pick, rms_norm, rope_write_kv
 
-NAME = "triton-1"
+NAME = "triton-2"
 
 __all__ = [
     "NAME",
     "act_mul",
     "attention",
+    "likeliest",
     "linear",
     "make_kv",
     "pack_linear",

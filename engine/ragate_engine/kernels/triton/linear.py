@@ -38,11 +38,13 @@ def _linear(
     tl.store(at, acc.to(y.dtype.element_ty), (rows[:, None] < M) & (columns[None, :] < N))
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [M, K], weight [N, K] -> [M, N] in x's dtype."""
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide: bool = False
+) -> torch.Tensor:
+    """x [M, K], weight [N, K] -> [M, N], in float32 when `wide`, else in x's dtype."""
     rows, inner = x.shape
     outer = weight.shape[0]
-    y = torch.empty(rows, outer, dtype=x.dtype, device=x.device)
+    y = torch.empty(rows, outer, dtype=torch.float32 if wide else x.dtype, device=x.device)
     if rows <= 16:
         bm, bn, warps, stages = 16, 64, 4, 4
     elif rows <= 64:
