@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ragate import __version__
-from ragate.errors import EXIT_INTERRUPTED, EXIT_INVALID, EXIT_USAGE, RagateError
+from ragate.errors import EXIT_INTERRUPTED, EXIT_INVALID, EXIT_USAGE, CatalogError, RagateError
+from ragate.report.untrusted import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +88,7 @@ def eval_(update_baseline: bool, format_: str, quiet: bool, **flags: Any) -> int
     Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 INVALID (or no baseline), 4 bad input, 130 interrupted.
     """
     from ragate.progress import Progress
-    from ragate.suite import keep_baseline, load_suite, out_folder, run_suite, write_reports
+    from ragate.suite import keep_baseline, out_folder, run_suite, suite_of, verdict_of, write_reports
 
     settings = settings_of(flags)
     progress = Progress(console(stderr=True), quiet=quiet)
@@ -94,18 +96,16 @@ def eval_(update_baseline: bool, format_: str, quiet: bool, **flags: Any) -> int
         with progress:
             outcome = run_suite(settings, progress.say, progress.on_event)
     except KeyboardInterrupt:
-        folder = out_folder(settings, load_suite(settings).name)
-        again = "ragate " + " ".join(sys.argv[1:])
+        folder = out_folder(settings, suite_of(settings))
+        again = shlex.join(["ragate", *click.get_current_context().obj])
         click.echo(
             f"interrupted: what was judged is safe in {folder}; run `{again}` again to go on", err=True
         )
         return EXIT_INTERRUPTED
     gate, baseline = outcome.gate, outcome.baseline
     if update_baseline:
-        from ragate.gate.verdict import decide
-
         baseline = keep_baseline(outcome.run, outcome.baseline_path)
-        gate = decide(baseline, outcome.run, threshold=settings.threshold, mode=settings.threshold_mode)
+        gate = verdict_of(settings, baseline, outcome.run)
         write_reports(outcome.written[0].parent, outcome.run, gate, baseline, outcome.timings)
     if format_ == "text":
         show_run(outcome.run, gate)
@@ -160,19 +160,27 @@ def show_machine(run: Run, gate: GateResult | None, baseline: Any, format_: str)
     "--baseline", "base", required=True, type=click.Path(path_type=Path), help="Baseline file, or a run."
 )
 @click.option("--current", required=True, type=click.Path(path_type=Path), help="Run folder or run.json.")
-@click.option("--threshold", type=float, default=0.05, show_default=True, help="The drop that fails.")
-@click.option(
-    "--threshold-mode", type=click.Choice(["relative", "absolute"]), default="relative", show_default=True
-)
+@click.option("--metrics", help="Compare only these [all of both; one that a side lacks is INVALID].")
+@click.option("--threshold", type=float, help="The drop that fails [0.05].")
+@click.option("--threshold-mode", type=click.Choice(["relative", "absolute"]), help="Of what [relative].")
 @click.option("--format", "format_", type=FORMATS, default="text", help="What goes to stdout.")
-def check(base: Path, current: Path, threshold: float, threshold_mode: Any, format_: str) -> int:
-    """Gate two stored runs; needs no model. Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 INVALID."""
-    from ragate.gate.verdict import decide
-    from ragate.run import load_run
-    from ragate.suite import load_base
+def check(base: Path, current: Path, metrics: str | None, format_: str, **flags: Any) -> int:
+    """Gate two stored runs; needs no model. The threshold may stand in ragate.toml.
 
-    baseline, run = load_base(base), load_run(current)
-    gate = decide(baseline, run, threshold=threshold, mode=threshold_mode)
+    Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 INVALID.
+    """
+    from ragate.gate.verdict import decide
+    from ragate.suite import load_base, load_stored
+
+    settings = settings_of(flags | {"metrics": metrics})
+    baseline, run = load_base(base), load_stored(current)
+    gate = decide(
+        baseline,
+        run,
+        threshold=settings.threshold,
+        mode=settings.threshold_mode,
+        metrics=None if metrics is None else settings.metrics,
+    )
     if format_ == "text":
         show_run(run, gate)
     else:
@@ -190,12 +198,11 @@ RUN_ARGUMENT = click.argument("run", required=False, type=click.Path(path_type=P
 
 def stored_run(run: Path | None) -> tuple[Run, Path, Settings]:
     """The run named, or the one in the suite's own folder; its folder; the settings."""
-    from ragate.run import load_run
-    from ragate.suite import load_suite, out_folder
+    from ragate.suite import load_stored, out_folder, suite_of
 
     settings = settings_of({})
-    folder = run if run is not None else out_folder(settings, load_suite(settings).name)
-    return load_run(folder), folder if folder.is_dir() else folder.parent, settings
+    folder = run if run is not None else out_folder(settings, suite_of(settings))
+    return load_stored(folder), folder if folder.is_dir() else folder.parent, settings
 
 
 @baseline.command("set")
@@ -219,11 +226,11 @@ def baseline_set(run: Path | None, path: Path | None) -> int:
 def baseline_show(path: Path | None) -> int:
     """Print what a baseline holds."""
     from ragate.gate.baseline import load_baseline, mean
-    from ragate.suite import baseline_of_suite, load_suite
+    from ragate.suite import baseline_of_suite, suite_of
 
     if path is None:
         settings = settings_of({})
-        path = baseline_of_suite(settings, load_suite(settings).name)
+        path = baseline_of_suite(settings, suite_of(settings))
     found = load_baseline(path)
     click.echo(f"{path}: suite {found.suite}, {len(found.items)} items, judge {found.judge}")
     click.echo(f"made {found.date.isoformat()} at commit {(found.commit or 'unknown')[:12]}")
@@ -258,13 +265,12 @@ def baseline_diff(run: Path | None, path: Path | None) -> int:
 )
 def report(run: Path | None, path: Path | None) -> int:
     """Make report.html and comment.md again from a stored run; needs no model."""
-    from ragate.gate.verdict import decide
-    from ragate.suite import baseline_of_suite, load_base, load_timings, write_reports
+    from ragate.suite import baseline_of_suite, load_base, load_timings, verdict_of, write_reports
 
     found, folder, settings = stored_run(run)
-    path = path or baseline_of_suite(settings, found.suite)
-    base = load_base(path) if path.exists() else None
-    gate = decide(base, found, threshold=settings.threshold, mode=settings.threshold_mode) if base else None
+    usual = baseline_of_suite(settings, found.suite)
+    base = load_base(path or usual) if path or usual.exists() else None
+    gate = verdict_of(settings, base, found) if base else None
     for written in write_reports(folder, found, gate, base, load_timings(folder)):
         click.echo(f"wrote {written}")
     return 0
@@ -326,13 +332,17 @@ def models_verify(name: str | None) -> int:
     from ragate import catalog
 
     names = [name] if name else [m.name for m in catalog.models() if catalog.is_cached(m.name)]
-    bad = 0
+    bad = []
     for each in names:
         for file in catalog.verify(each):
             state = "ok" if file.ok else "missing" if file.sha256 is None else "wrong sha256, deleted"
             click.echo(f"{each}: {file.path.name}: {state}")
-            bad += not file.ok
-    return EXIT_USAGE if bad else 0
+            if not file.ok:
+                bad.append((each, f"{each}: {file.path.name}: {state}"))
+    if bad:
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        raise CatalogError(f"{bad[0][1]}{more}; fetch it again with `ragate models pull {bad[0][0]}`")
+    return 0
 
 
 @cli.command()
@@ -365,12 +375,15 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     try:
-        result = cli.main(arguments, prog_name="ragate", standalone_mode=False)
+        result = cli.main(arguments, prog_name="ragate", standalone_mode=False, obj=arguments)
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as e:
         return e.exit_code
-    except click.ClickException as e:
+    except click.exceptions.NoArgsIsHelpError as e:
         e.show()
+        return EXIT_USAGE
+    except click.ClickException as e:
+        click.echo(f"error: {_sentence_of(e)}", err=True)
         return EXIT_USAGE
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
@@ -382,13 +395,20 @@ def run(arguments: list[str]) -> int:
         if debug:
             traceback.print_exc()
         elif isinstance(e, RagateError) or type(e).__module__ == "ragate_engine.errors":
-            click.echo(f"error: {e}", err=True)
+            click.echo(f"error: {plain(str(e))}", err=True)
         else:
-            click.echo(
-                f"error: unexpected {type(e).__name__}: {e}; run again with --debug for the traceback",
-                err=True,
-            )
+            what = plain(f"{type(e).__name__}: {e}")
+            click.echo(f"error: unexpected {what}; run again with --debug for the traceback", err=True)
         return e.exit_code if isinstance(e, RagateError) else EXIT_USAGE
+
+
+def _sentence_of(error: click.ClickException) -> str:
+    """click's message on one line, with where to look."""
+    message = " ".join(error.format_message().split())
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    if context is None or message.endswith("?"):  # it has suggested something itself
+        return message
+    return f"{message.rstrip('.')}; see `{context.command_path} --help`"
 
 
 def main() -> None:

@@ -51,7 +51,8 @@ def findings(settings: Settings) -> Iterator[str]:
     for name in type(settings).model_fields:
         value = getattr(settings, name)
         if name != "origins":
-            yield f"  {name:16} {value!s:40} {settings.origins.get(name, 'default')}"
+            shown = ",".join(value) if isinstance(value, tuple) else "not set" if value is None else value
+            yield f"  {name:16} {shown!s:40} {settings.origins.get(name, 'default')}"
 
 
 def _version(name: str) -> str:
@@ -62,9 +63,13 @@ def _version(name: str) -> str:
 
 
 def _kernels(settings: Settings) -> str:
+    from ragate_engine import EngineError
     from ragate_engine.kernels import cpu
     from ragate_engine.runner import pick_device
 
-    if pick_device(settings.device).type == "cuda":
-        return "Triton"
+    try:
+        if pick_device(settings.device).type == "cuda":
+            return "Triton"
+    except EngineError as e:
+        return str(e)
     return "C" if cpu.available() else "plain torch (slower): no C compiler found; install gcc or clang"

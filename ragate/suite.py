@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ragate import catalog
+from ragate.errors import ConfigError
 from ragate.files import write_whole
 from ragate.gate.baseline import (
     Baseline,
@@ -61,6 +62,17 @@ def baseline_of_suite(settings: Settings, suite: str) -> Path:
     )
 
 
+def suite_of(settings: Settings) -> str:
+    """Name of the suite that the settings name, whose test set need not be there. Raises ConfigError: none."""
+    from ragate.testset import suite_name
+
+    if not settings.testset:
+        raise ConfigError(
+            "no test set is named, and so no suite; name a run or a file, or set `testset` in ragate.toml"
+        )
+    return suite_name(settings.testset)
+
+
 def load_suite(settings: Settings) -> TestSet:
     """The test set that the settings name, checked for what the metrics need."""
     from ragate.testset import load_testset, require
@@ -75,9 +87,13 @@ def run_suite(settings: Settings, say: Say, on_event: Callable[[Event], None]) -
 
     Raises RagateError or EngineError with one sentence; KeyboardInterrupt after the journal is safe.
     """
+    from ragate.journal import Journal
+
     testset = load_suite(settings)
     folder = out_folder(settings, testset.name)
-    from ragate.journal import Journal
+    path = baseline_of_suite(settings, testset.name)
+    # before the judging: a broken baseline is not to be found out minutes later
+    baseline = load_baseline(path) if path.exists() else None
 
     with ExitStack() as stack:
         journal = stack.enter_context(Journal.open(folder / "journal.jsonl"))
@@ -85,11 +101,7 @@ def run_suite(settings: Settings, say: Say, on_event: Callable[[Event], None]) -
         save_run(run, folder / "run.json")
         write_whole(folder / "timings.json", timings.model_dump_json(indent=1) + "\n")
         costs: dict[str, object] = timings.model_dump()
-        path = baseline_of_suite(settings, run.suite)
-        baseline = load_baseline(path) if path.exists() else None
-        gate = None
-        if baseline is not None:
-            gate = decide(baseline, run, threshold=settings.threshold, mode=settings.threshold_mode)
+        gate = None if baseline is None else verdict_of(settings, baseline, run)
         written = (folder / "run.json", *write_reports(folder, run, gate, baseline, costs))
     return Outcome(run, gate, baseline, path, costs, written)
 
@@ -161,6 +173,17 @@ def _evaluate(
     )
 
 
+def verdict_of(settings: Settings, baseline: Baseline, run: Run) -> GateResult:
+    """The verdict on a run of this suite, over the metrics that the run was asked to score.
+
+    A run has fewer than its baseline only where --metrics or the settings file says so; one that the baseline
+    lacks makes the verdict INVALID.
+    """
+    return decide(
+        baseline, run, threshold=settings.threshold, mode=settings.threshold_mode, metrics=run.metrics
+    )
+
+
 def write_reports(
     folder: Path,
     run: Run,
@@ -191,10 +214,15 @@ def make_baseline(run: Run) -> Baseline:
     return baseline_of(run, commit=git_commit(Path.cwd()), date=datetime.now(UTC))
 
 
+def load_stored(path: Path) -> Run:
+    """A stored run: `path` is its folder or its file. Raises RunError."""
+    return load_run(path if path.suffix == ".json" else path / "run.json")
+
+
 def load_base(path: Path) -> Baseline:
     """A baseline file, or a stored run taken as one. Raises BaselineError or RunError."""
     if path.is_dir() or path.name == "run.json":
-        run = load_run(path)
+        run = load_stored(path)
         file = path / "run.json" if path.is_dir() else path
         return baseline_of(run, commit=None, date=datetime.fromtimestamp(file.stat().st_mtime, UTC))
     return load_baseline(path)
