@@ -1,0 +1,606 @@
+"""The command line end to end: exit codes, one sentence for what is wrong, and runs that are stopped."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from fake_engine import FakeEngine
+from runs import FINGERPRINT, METRICS, good_run, worse_run
+
+from ragate import __version__, catalog, session
+from ragate.cli import run
+from ragate.journal import CallEntry, Journal, read_entries
+from ragate.run import Run, Score, load_run, save_run
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Ragate = Callable[..., Ended]
+
+
+@pytest.fixture
+def ragate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ragate:
+    """The command, in an empty folder and without settings from outside."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("RAGATE_") and name != "RAGATE_CACHE"]:
+        monkeypatch.delenv(name)
+
+    def command(*arguments: str) -> Ended:
+        capsys.readouterr()
+        code = run(list(arguments))
+        return Ended(code, *capsys.readouterr())
+
+    return command
+
+
+def sentence(ended: Ended, code: int = 4) -> str:
+    """The one sentence of a command that went wrong."""
+    assert ended.code == code, ended
+    assert re.fullmatch(r"error: [^\n]+\n", ended.err), ended.err
+    assert "Traceback" not in ended.err
+    assert "unexpected" not in ended.err
+    return ended.err
+
+
+ITEMS = [
+    {
+        "id": f"q{i}",
+        "question": f"What does part {i} of a cache keep?",
+        "reference": f"Part {i} keeps results.",
+        "answer": f"Part {i} keeps results that were computed before.",
+        "contexts": [f"Part {i} of a cache keeps results.", "Blocks hold 16 tokens."],
+    }
+    for i in range(12)
+]
+
+
+def write_items(path: str = "cases.jsonl", items: list[Any] = ITEMS) -> str:
+    Path(path).write_text("".join(json.dumps(item) + "\n" for item in items))
+    return path
+
+
+@pytest.fixture
+def fake_judge(ragate: Ragate, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, ...]]:
+    """Arguments of an `eval` of twelve items whose judge answers at once and without a model."""
+    engines: list[FakeEngine] = []
+
+    def open_engine(path: Path, progress: object) -> FakeEngine:
+        engines.append(FakeEngine())
+        return engines[-1]
+
+    monkeypatch.setattr(session, "open_engine", open_engine)
+    Path("judge.gguf").touch()
+    yield "eval", "--quiet", "--testset", write_items(), "--judge", "judge.gguf"
+    for engine in engines:
+        engine.close()
+
+
+def store(run: Run, folder: str) -> str:
+    save_run(run, Path(folder) / "run.json")
+    return folder
+
+
+# Help and wrong usage
+
+
+def test_help_names_every_command_and_version_is_that_of_the_package(ragate: Ragate) -> None:
+    shown = ragate("--help")
+    assert shown.code == 0
+    commands = ("init", "eval", "check", "baseline", "report", "models", "doctor")
+    assert all(re.search(rf"^  {command} ", shown.out, re.MULTILINE) for command in commands)
+    assert ragate("--version") == (0, f"ragate, version {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["eval", "--tresshold", "0.1"], "No such option '--tresshold'"),
+        (["evla"], "No such command 'evla'. Did you mean 'eval'?"),
+        (["check", "--current", "x"], "Missing option '--baseline'; see `ragate check --help`"),
+        (["eval", "--threshold", "much"], "'--threshold': 'much' is not a valid float"),
+        (["eval", "--threshold", "7"], "--threshold: input should be less than or equal to 1"),
+        (["eval", "--metrics", "faithfulnes"], "did you mean 'faithfulness'?"),
+        (["eval", "--format", "xml"], "'xml' is not one of 'text', 'json', 'markdown'"),
+        (["eval"], "no test set is named; give one with --testset"),
+        (["report"], "no test set is named"),
+        (["models", "path", "qwen-9b"], "did you mean 'qwen-1.5b'?"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_exit_code_4(ragate: Ragate, arguments: list[str], said: str) -> None:
+    assert said in sentence(ragate(*arguments))
+
+
+def test_debug_shows_the_traceback_of_the_same_error(ragate: Ragate) -> None:
+    ended = ragate("--debug", "eval", "--testset", "nowhere.jsonl")
+    assert ended.code == 4
+    assert ended.err.startswith("Traceback")
+    assert ended.err.endswith("nowhere.jsonl: no such test set; name one with --testset\n")
+
+
+def test_escape_sequences_in_a_name_do_not_reach_the_terminal(ragate: Ragate) -> None:
+    said = sentence(ragate("eval", "--testset", "a\x1b[31m\nred.jsonl"))
+    assert "\x1b" not in said
+    assert "a red.jsonl: no such test set" in said
+
+
+# init, models, doctor
+
+
+def test_init_writes_a_repository_that_says_what_is_still_missing(ragate: Ragate) -> None:
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    assert ragate("init").code == 0
+    written = {
+        path: path.read_text() for path in (Path("ragate.toml"), Path(".github/workflows/rag-gate.yml"))
+    }
+    assert "ragate.toml and .github/workflows/rag-gate.yml are there already" in sentence(ragate("init"))
+    assert {path: path.read_text() for path in written} == written
+    assert "testset.jsonl: no such test set; name one with --testset" in sentence(ragate("eval"))
+    assert "ragate eval" in sentence(ragate("report"))
+    assert not Path(".ragate").exists()
+
+
+def test_models_that_are_not_in_the_cache_are_listed_and_named_with_the_command_that_fetches_them(
+    ragate: Ragate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAGATE_CACHE", str(tmp_path / "cache"))
+    listed = ragate("models", "list")
+    assert listed.code == 0
+    assert all(model.name in listed.out for model in catalog.models())
+    assert listed.out.endswith(f"cache: {tmp_path / 'cache' / 'models'}\n")
+    assert "`ragate models pull smollm2-135m`" in sentence(ragate("models", "path", "smollm2-135m"))
+    assert "smollm2-135m: SmolLM2-135M-Instruct.Q4_1.gguf: missing" in sentence(
+        ragate("models", "verify", "smollm2-135m")
+    )
+    assert ragate("models", "verify") == (0, "", "")
+
+
+def test_a_wrong_sha256_is_named_and_the_file_deleted(
+    ragate: Ragate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAGATE_CACHE", str(tmp_path))
+    file = tmp_path / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF, but tampered with")
+    said = sentence(ragate("models", "verify", "smollm2-135m"))
+    assert (
+        "SmolLM2-135M-Instruct.Q4_1.gguf: wrong sha256, deleted; fetch it again with `ragate models" in said
+    )
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_doctor_reports_whatever_is_missing_and_exits_0(ragate: Ragate, device: str) -> None:
+    ended = ragate("doctor", "--device", device)
+    assert (ended.code, ended.err) == (0, "")
+    assert f"ragate {__version__}, torch " in ended.out
+    assert "no test set is named" in ended.out
+    assert re.search(rf"^  device +{device} +--device$", ended.out, re.MULTILINE)
+    assert re.search(r"^  threshold +0.05 +default$", ended.out, re.MULTILINE)
+
+
+# Stored runs: check, baseline, report
+
+
+@pytest.mark.parametrize(
+    ("run", "code", "said"),
+    [
+        (good_run(), 0, "PASS: no score changed"),
+        (worse_run(), 1, "FAIL: faithfulness fell"),
+        (good_run(fingerprint=FINGERPRINT | {"decoding": "sampled"}), 3, "INVALID: decoding differs"),
+    ],
+    ids=["PASS", "FAIL", "INVALID"],
+)
+def test_check_gates_two_stored_runs_and_prints_one_format_alone(
+    ragate: Ragate, run: Run, code: int, said: str
+) -> None:
+    compared = ("check", "--baseline", store(good_run(), "base"), "--current", store(run, "head"))
+    text = ragate(*compared)
+    assert (text.code, text.err) == (code, "")
+    assert said in text.out
+    machine = ragate(*compared, "--format", "json")
+    assert (machine.code, machine.err) == (code, "")
+    gate = json.loads(machine.out)["gate"]
+    assert gate["sentence"].startswith(said)
+    assert gate["verdict"] == said.partition(":")[0]
+    comment = ragate(*compared, "--format", "markdown")
+    assert (comment.code, comment.err) == (code, "")
+    assert comment.out.startswith("<!-- ragate:llm-serving -->\n")
+    assert said.partition(":")[0] in comment.out
+
+
+def test_check_takes_its_threshold_from_the_settings_and_the_flag_before_them(ragate: Ragate) -> None:
+    Path("ragate.toml").write_text('threshold = 0.9\nthreshold_mode = "absolute"\n')
+    compared = ("check", "--baseline", store(good_run(), "base"), "--current", store(worse_run(), "head"))
+    assert ragate(*compared).code == 0
+    assert ragate(*compared, "--threshold", "0.01").code == 1
+
+
+def test_a_baseline_is_set_shown_compared_and_replaced(ragate: Ragate) -> None:
+    store(good_run(40), "good")
+    store(worse_run(40), "worse")
+    made = ragate("baseline", "set", "good")
+    assert made.code == 0
+    assert "wrote baselines/llm-serving.json: 40 items" in made.out
+    shown = ragate("baseline", "show", "baselines/llm-serving.json")
+    mean = good_run(40).mean("faithfulness")
+    assert re.search(rf"^  faithfulness +{mean:.4f}  \(40 scored\)$", shown.out, re.MULTILINE)
+    before = Path("baselines/llm-serving.json").read_bytes()
+    difference = ragate("baseline", "diff", "worse")
+    assert difference.code == 0
+    assert all(metric in difference.out for metric in METRICS)
+    assert Path("baselines/llm-serving.json").read_bytes() == before
+    assert ragate("baseline", "set", "worse").code == 0
+    assert ragate("check", "--baseline", "baselines/llm-serving.json", "--current", "worse").code == 0
+
+
+def test_a_report_is_made_again_from_the_stored_run_without_any_model(
+    ragate: Ragate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAGATE_CACHE", str(tmp_path / "cache"))
+    store(worse_run(40), "run")
+    store(good_run(40), "good")
+    ragate("baseline", "set", "good")
+    Path("run/report.html").write_text("old")
+    assert ragate("report", "run").out == "wrote run/report.html\nwrote run/comment.md\n"
+    assert "FAIL: " in Path("run/report.html").read_text()
+    assert "FAIL" in Path("run/comment.md").read_text()
+    assert not (tmp_path / "cache").exists()
+    assert "other.json: no baseline yet" in sentence(
+        ragate("report", "run", "--baseline", "other.json"), code=3
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["report", "run"],
+        ["baseline", "set", "run"],
+        ["baseline", "diff", "run"],
+        ["check", "--baseline", "base.json", "--current", "run"],
+    ],
+    ids=["report", "set", "diff", "check"],
+)
+def test_a_run_that_is_not_there_or_corrupt_is_named(ragate: Ragate, arguments: list[str]) -> None:
+    store(good_run(12), "good")
+    ragate("baseline", "set", "good", "--baseline", "base.json")
+    assert "run/run.json: no such run; make one with `ragate eval --out run`" in sentence(ragate(*arguments))
+    Path("run").mkdir()
+    Path("run/run.json").write_text('{"version": 1, "suite"')
+    assert "run/run.json: not a ragate run: the file: Invalid JSON" in sentence(ragate(*arguments))
+    Path("run/run.json").write_text("{}")
+    assert "run/run.json: not a ragate run: suite: Field required" in sentence(ragate(*arguments))
+
+
+def test_a_corrupt_baseline_is_invalid_and_said_before_anything_is_judged(
+    ragate: Ragate, fake_judge: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "open_engine", lambda *_: pytest.fail("the judge was loaded"))
+    Path("base.json").write_text("<<<<<<< HEAD\n")
+    store(good_run(12), "run")
+    for command in (
+        fake_judge,
+        ("report", "run"),
+        ("check", "--current", "run"),
+        ("baseline", "diff", "run"),
+    ):
+        said = sentence(ragate(*command, "--baseline", "base.json"), code=3)
+        assert "base.json: not a baseline" in said
+        assert "restore it from git" in said
+
+
+# Evaluations whose judge is no model
+
+
+def test_eval_without_a_baseline_is_invalid_and_its_stdout_is_the_format_alone(
+    ragate: Ragate, fake_judge: tuple[str, ...]
+) -> None:
+    ended = ragate(*fake_judge, "--metrics", "context_recall", "--format", "json")
+    assert ended.code == 3
+    assert ended.err == (
+        "INVALID: no baseline at baselines/cases.json to compare with; "
+        "make this run the baseline with `ragate baseline set`\n"
+    )
+    result = json.loads(ended.out)
+    assert result["gate"] is None
+    assert result["means"] == {"context_recall": load_run(Path(".ragate/cases")).mean("context_recall")}
+    assert ragate(*fake_judge, "--metrics", "context_recall", "--update-baseline").code == 0
+    comment = ragate(*fake_judge, "--metrics", "context_recall", "--format", "markdown")
+    assert (comment.code, comment.err) == (0, "")
+    assert comment.out.startswith("<!-- ragate:cases -->\n")
+
+
+def test_metrics_that_were_asked_for_are_compared_alone_and_others_that_are_missing_are_invalid(
+    ragate: Ragate, fake_judge: tuple[str, ...]
+) -> None:
+    narrow = (*fake_judge, "--metrics", "faithfulness")
+    assert ragate(*narrow).code == 3
+    one = load_run(Path(".ragate/cases"))
+    others = [metric for metric in METRICS if metric != "faithfulness"]
+    rest = tuple(
+        Score(item=item.id, metric=metric, state="ok", value=0.5) for item in one.items for metric in others
+    )
+    four = one.model_copy(
+        update={
+            "metrics": METRICS,
+            "scores": one.scores + rest,
+            "fingerprint": one.fingerprint
+            | {f"prompt_{metric}": "0" for metric in others}
+            | {"embeddings": "0"},
+        }
+    )
+    ragate("baseline", "set", store(four, "four"))
+
+    ended = ragate(*narrow, "--format", "json")
+    assert ended.code == 0
+    assert [metric["metric"] for metric in json.loads(ended.out)["gate"]["metrics"]] == ["faithfulness"]
+    compared = ("check", "--baseline", "baselines/cases.json", "--current", ".ragate/cases")
+    missing = ragate(*compared)
+    assert missing.code == 3
+    assert "context_precision is missing in the run" in missing.out
+    assert ragate(*compared, "--metrics", "faithfulness").code == 0
+    assert ragate(*compared, "--metrics", "context_recall").code == 3
+    ragate("report", ".ragate/cases")
+    assert "PASS" in Path(".ragate/cases/comment.md").read_text()
+
+    ragate("baseline", "set", ".ragate/cases")
+    ragate("report", "four")  # a metric that the baseline lacks is not passed over
+    assert "is missing in the baseline" in Path("four/comment.md").read_text()
+
+
+def test_an_interrupted_eval_exits_130_and_says_how_to_go_on(
+    ragate: Ragate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ragate.suite.run_suite", interrupted)
+    assert ragate("eval", "--testset", "my cases.jsonl", "--quiet") == (
+        130,
+        "",
+        "interrupted: what was judged is safe in .ragate/my cases; "
+        "run `ragate eval --testset 'my cases.jsonl' --quiet` again to go on\n",
+    )
+
+
+def test_a_second_run_in_the_same_folder_is_told_which_process_has_it(
+    ragate: Ragate, fake_judge: tuple[str, ...]
+) -> None:
+    with Journal.open(Path("out/journal.jsonl")):
+        said = sentence(ragate(*fake_judge, "--out", "out"))
+    assert f"out: process {os.getpid()} is writing a run here; wait for it" in said
+
+
+@pytest.mark.parametrize("command", ["eval", "report", "baseline set"])
+def test_a_full_disk_while_a_result_is_written_leaves_the_old_file(
+    ragate: Ragate, fake_judge: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = Path("out")
+    store(good_run(12), "out")
+    ragate("report", "out")
+    ragate("baseline", "set", "out")
+    before = {path: path.read_bytes() for path in (*folder.iterdir(), *Path("baselines").iterdir())}
+    arguments = {
+        "eval": (*fake_judge, "--metrics", "context_recall", "--out", "out"),
+        "report": ("report", "out"),
+        "baseline set": ("baseline", "set", "out"),
+    }[command]
+    refused = {"eval": "out/run.json", "report": "out/report.html"}.get(command, "baselines/llm-serving.json")
+    with monkeypatch.context() as patch:
+        patch.setattr("ragate.files.os.replace", full)
+        said = sentence(ragate(*arguments))
+    assert f"{refused}: cannot write: No space left on device; free some space" in said
+    assert {path: path.read_bytes() for path in before} == before
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+# Bad input
+
+GOOD = json.dumps(ITEMS[0])
+
+
+def but(**changes: Any) -> str:
+    """The good line with other fields; `None` removes one."""
+    return json.dumps({k: v for k, v in ({**ITEMS[0], "id": "x"} | changes).items() if v is not None})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (but(question=None, questoin="Q?"), "bad.jsonl:1: question: no such column; found "),
+        (but(question=None, questoin="Q?"), "did you mean 'question' by 'questoin'?"),
+        (but(answer=None), "bad.jsonl:1: answer: item x has none and faithfulness needs it; add a column"),
+        (f"{GOOD}\n{but(question=' ')}", "bad.jsonl:2: question: is empty"),
+        (f"{GOOD}\n{GOOD}", "bad.jsonl:2: id: 'q0' was used before, at bad.jsonl:1"),
+        (but(contexts=[]), "bad.jsonl:1: contexts: the list is empty"),
+        (but(contexts=None), "bad.jsonl:1: contexts: item x has none and faithfulness needs it"),
+        (GOOD.encode() + b'\n{"question": "caf\xe9?"}', "bad.jsonl:2: byte 254 (0xe9) is not UTF-8"),
+        ("", "bad.jsonl: there are no items in it"),
+        ("\n\n", "bad.jsonl: there are no items in it"),
+    ],
+)  # fmt: skip
+def test_a_bad_test_set_is_one_sentence_with_file_line_and_field(
+    ragate: Ragate, text: str | bytes, said: str
+) -> None:
+    Path("bad.jsonl").write_bytes(text.encode() if isinstance(text, str) else text)
+    assert said in sentence(ragate("eval", "--testset", "bad.jsonl", "--metrics", "faithfulness"))
+    assert not Path(".ragate").exists()
+
+
+def test_a_line_of_a_gigabyte_is_refused_without_reading_it(ragate: Ragate) -> None:
+    Path("bad.jsonl").touch()
+    os.truncate("bad.jsonl", 1 << 30)
+    assert "bad.jsonl:1: the line is longer than 16 MB" in sentence(ragate("eval", "--testset", "bad.jsonl"))
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def unknown_type(path: Path) -> None:
+    """Say of one tensor that its type is IQ4_XS (23)."""
+    name = b"blk.1.ffn_down.weight"
+    raw = bytearray(path.read_bytes())
+    struct.pack_into("<I", raw, raw.index(name) + len(name) + 4 + 2 * 8, 23)
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("arch", "spoil", "said"),
+    [
+        ("llama", cut, r"judge\.gguf is not a usable GGUF file: .*: fetch it again"),
+        ("llama", unknown_type, r"judge\.gguf.*blk\.1\.ffn_down\.weight has type IQ4_XS"),
+        ("mamba", lambda path: None, r"judge\.gguf.*'mamba'.*qwen2"),
+    ],
+    ids=["truncated", "unsupported type", "unsupported architecture"],
+)
+def test_a_judge_that_cannot_be_served_is_named(
+    ragate: Ragate, monkeypatch: pytest.MonkeyPatch, arch: str, spoil: Callable[[Path], None], said: str
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "engine")
+    from tiny_gguf import write_tiny
+
+    write_tiny(Path("judge.gguf"), arch)
+    spoil(Path("judge.gguf"))
+    ended = ragate(
+        "eval", "-q", "--testset", write_items(), "--judge", "judge.gguf", "--metrics", "faithfulness"
+    )
+    assert re.search(said, sentence(ended))
+
+
+# The real engine
+
+PIPELINE = """
+import time
+
+def answer(question):
+    if "raise" in question:
+        raise ValueError("no index here")
+    if "hang" in question:
+        time.sleep(30)
+    if "shape" in question:
+        return {"answer": "It is 4.", "contexts": [{"page": 3}]}
+    contexts = ["word " * 9000] if "long" in question else ["A cache keeps results."]
+    return {"answer": "It keeps results.", "contexts": contexts}
+"""
+
+
+def test_what_fails_for_one_item_is_a_state_with_its_reason_and_the_run_ends(
+    ragate: Ragate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("cli_pipeline.py").write_text(PIPELINE)
+    monkeypatch.syspath_prepend(Path.cwd())
+    monkeypatch.setenv("RAGATE_TARGET_TIMEOUT", "1")
+    write_items(
+        items=[
+            {"id": word, "question": f"{word}?", "reference": "It keeps results."}
+            for word in ("fine", "raise", "hang", "shape", "long")
+        ]
+    )
+    options = ("--target", "cli_pipeline:answer", "--judge", "smollm2-135m", "--metrics", "context_recall")
+    ended = ragate("eval", "-q", "--testset", "cases.jsonl", *options)
+    assert (ended.code, ended.err.partition(":")[0]) == (3, "INVALID")
+    scores = {score.item: score for score in load_run(Path(".ragate/cases")).scores}
+    assert (scores["fine"].state, scores["fine"].error) == ("ok", None)
+    said = {
+        "raise": r"the target failed: raised ValueError: no index here \(cli_pipeline.py:6\)",
+        "hang": r"the target failed: no answer within 1 s",
+        "shape": r"the target failed: .*contexts\[0\].*",
+        "long": r"context too long: item long needs (9|1\d)\d\d\d tokens, the judge's window is 8192: .*",
+    }
+    for item, reason in said.items():
+        assert (scores[item].state, scores[item].value) == ("error", None)
+        assert re.fullmatch(reason, scores[item].error or ""), scores[item].error
+
+
+class Stopped(NamedTuple):
+    """What a run left that was stopped in mid-judging."""
+
+    code: int
+    err: str
+    judged: int
+
+
+def evaluation(folder: Path, out: str) -> list[str]:
+    options = ["--metrics", "faithfulness", "--judge", "smollm2-135m", "--max-batch", "1", "--quiet"]
+    return [sys.executable, "-m", "ragate", "eval", "--testset", "cases.jsonl", "--out", out, *options]
+
+
+def judged_calls(journal: Path) -> list[str]:
+    """The keys of the journal's calls, in order."""
+    data = journal.read_bytes() if journal.exists() else b""
+    return [entry.key for entry in read_entries(data)[0] if isinstance(entry, CallEntry)]
+
+
+def stop(folder: Path, out: str, sent: signal.Signals) -> Stopped:
+    """Begin an evaluation and send the signal once its journal has a judged call."""
+    process = subprocess.Popen(
+        evaluation(folder, out),
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a test run in the background of a shell ignores Ctrl-C, and its children would too
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    journal = folder / out / "journal.jsonl"
+    while process.poll() is None and not judged_calls(journal):
+        time.sleep(0.02)
+    process.send_signal(sent)
+    _, err = process.communicate()
+    return Stopped(process.returncode, err, len(judged_calls(journal)))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two items and the run that nothing disturbed, in `whole`."""
+    folder = tmp_path_factory.mktemp("stopped")
+    write_items(str(folder / "cases.jsonl"), ITEMS[:2])
+    assert subprocess.run(evaluation(folder, "whole"), cwd=folder, check=False).returncode == 3
+    assert len(judged_calls(folder / "whole/journal.jsonl")) == 4
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_stopped_in_mid_judging_goes_on_to_the_same_bytes_and_judges_nothing_twice(
+    undisturbed: Path, sent: signal.Signals
+) -> None:
+    out = sent.name
+    stopped = stop(undisturbed, out, sent)
+    assert 1 <= stopped.judged < 4
+    assert not (undisturbed / out / "run.json").exists()
+    if sent is signal.SIGINT:
+        assert stopped.code == 130
+        assert re.search(
+            rf"^interrupted: what was judged is safe in {out}; run `ragate eval .*` again to go on$",
+            stopped.err,
+            re.MULTILINE,
+        )
+        assert "Traceback" not in stopped.err
+    again = subprocess.run(evaluation(undisturbed, out), cwd=undisturbed, check=False)
+    assert again.returncode == 3
+    assert (undisturbed / out / "run.json").read_bytes() == (undisturbed / "whole/run.json").read_bytes()
+    keys = judged_calls(undisturbed / out / "journal.jsonl")
+    assert len(keys) == len(set(keys)) == 4
+    timings = json.loads((undisturbed / out / "timings.json").read_text())
+    assert (timings["calls_resumed"], timings["calls_judged"]) == (stopped.judged, 4 - stopped.judged)
