@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ragate.gate.verdict import GateResult
     from ragate.run import Run
 
+EXIT_BROKEN_PIPE = 141
+"""What a shell reports of a program that SIGPIPE ended."""
 FORMATS = click.Choice(["text", "json", "markdown"])
 METRICS = "context_precision,context_recall,faithfulness,answer_relevance"
 
@@ -375,7 +377,9 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     try:
-        result = cli.main(arguments, prog_name="ragate", standalone_mode=False, obj=arguments)
+        # not cli.main: it ends with 1 when the reader of stdout has left, which would say FAIL
+        with cli.make_context("ragate", list(arguments), obj=arguments) as context:
+            result = cli.invoke(context)
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as e:
         return e.exit_code
@@ -388,9 +392,15 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except (BrokenPipeError, SystemExit) as e:
+        if isinstance(e, BrokenPipeError) or isinstance(
+            e.__context__, BrokenPipeError
+        ):  # the latter is rich's
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_BROKEN_PIPE
+        # nobody else's exit code may pass for a verdict
+        click.echo(f"error: unexpected exit with {e.code!r}", err=True)
+        return EXIT_USAGE
     except Exception as e:
         if debug:
             traceback.print_exc()

@@ -98,6 +98,13 @@ def store(run: Run, folder: str) -> str:
     return folder
 
 
+def shell(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
+    """Run `command`, in which $RAGATE is the command line."""
+    environment = {**os.environ, "RAGATE": f"{sys.executable} -m ragate"}
+    arguments = ["bash", "-c", f"set -o pipefail; {command}"]
+    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
 # Help and wrong usage
 
 
@@ -139,6 +146,23 @@ def test_escape_sequences_in_a_name_do_not_reach_the_terminal(ragate: Ragate) ->
     said = sentence(ragate("eval", "--testset", "a\x1b[31m\nred.jsonl"))
     assert "\x1b" not in said
     assert "a red.jsonl: no such test set" in said
+
+
+def test_a_reader_that_leaves_is_neither_a_pass_nor_a_fail(ragate: Ragate, tmp_path: Path) -> None:
+    store(good_run(12), "run")
+    check = "$RAGATE check --baseline run --current run --format json"
+    assert shell(tmp_path, f"{check} >read").returncode == 0
+    for format_ in ("json", "text"):
+        ended = shell(tmp_path, f"(sleep 0.1; {check} --format {format_}) | true")
+        assert (ended.returncode, ended.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_verdict_that_cannot_be_printed_is_no_pass(ragate: Ragate, tmp_path: Path) -> None:
+    store(good_run(12), "run")
+    ended = shell(tmp_path, "$RAGATE check --baseline run --current run --format json >/dev/full")
+    assert ended.returncode == 4
+    assert "No space left on device" in ended.stderr
 
 
 # init, models, doctor
@@ -533,6 +557,12 @@ def test_what_fails_for_one_item_is_a_state_with_its_reason_and_the_run_ends(
         assert re.fullmatch(reason, scores[item].error or ""), scores[item].error
 
 
+def test_a_target_that_exits_with_0_is_no_pass(ragate: Ragate, fake_judge: tuple[str, ...]) -> None:
+    Path("cli_exits.py").write_text("raise SystemExit(0)\n")
+    ended = ragate(*fake_judge, "--target", "cli_exits:answer", "--metrics", "context_recall")
+    assert "cli_exits" in sentence(ended)
+
+
 class Stopped(NamedTuple):
     """What a run left that was stopped in mid-judging."""
 
@@ -541,7 +571,7 @@ class Stopped(NamedTuple):
     judged: int
 
 
-def evaluation(folder: Path, out: str) -> list[str]:
+def evaluation(out: str) -> list[str]:
     options = ["--metrics", "faithfulness", "--judge", "smollm2-135m", "--max-batch", "1", "--quiet"]
     return [sys.executable, "-m", "ragate", "eval", "--testset", "cases.jsonl", "--out", out, *options]
 
@@ -555,7 +585,7 @@ def judged_calls(journal: Path) -> list[str]:
 def stop(folder: Path, out: str, sent: signal.Signals) -> Stopped:
     """Begin an evaluation and send the signal once its journal has a judged call."""
     process = subprocess.Popen(
-        evaluation(folder, out),
+        evaluation(out),
         cwd=folder,
         stderr=subprocess.PIPE,
         text=True,
@@ -575,7 +605,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two items and the run that nothing disturbed, in `whole`."""
     folder = tmp_path_factory.mktemp("stopped")
     write_items(str(folder / "cases.jsonl"), ITEMS[:2])
-    assert subprocess.run(evaluation(folder, "whole"), cwd=folder, check=False).returncode == 3
+    assert subprocess.run(evaluation("whole"), cwd=folder, check=False).returncode == 3
     assert len(judged_calls(folder / "whole/journal.jsonl")) == 4
     return folder
 
@@ -597,7 +627,7 @@ def test_a_run_stopped_in_mid_judging_goes_on_to_the_same_bytes_and_judges_nothi
             re.MULTILINE,
         )
         assert "Traceback" not in stopped.err
-    again = subprocess.run(evaluation(undisturbed, out), cwd=undisturbed, check=False)
+    again = subprocess.run(evaluation(out), cwd=undisturbed, check=False)
     assert again.returncode == 3
     assert (undisturbed / out / "run.json").read_bytes() == (undisturbed / "whole/run.json").read_bytes()
     keys = judged_calls(undisturbed / out / "journal.jsonl")
