@@ -17,7 +17,7 @@ from pydantic import Field
 from ragate.errors import ConfigError, RagateError
 from ragate.journal import AnswerEntry, DoneEntry, answer_key
 from ragate.metrics import INPUT_MARK, RECORD, Metric, Record, metrics_named, value_of
-from ragate.run import Call, Frozen, ItemRecord, Run, Score, State, Tokens
+from ragate.run import Call, Claim, Frozen, ItemRecord, Run, Score, State, Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -282,7 +282,7 @@ class _Evaluation:
         if self.target is not None:
             key = answer_key(self.target.identity, item.id, item.question)
             entry = self.journal.answer(key)
-            if entry is None:
+            if entry is None or entry.error is not None:  # what went wrong then may go well now
                 entry = await self._ask_target(self.target, key, item)
                 self.journal.append(entry)
             else:
@@ -326,8 +326,7 @@ class _Evaluation:
         item = await answer
         record = Record(metric.name, item.id)
         RECORD.set(record)
-        state, value, error = await self._judge(metric, item)
-        claims = metric.claims(record, item, self._vector) if state == "ok" else ()
+        state, value, error, claims = await self._judge(metric, item, record)
         score = Score(
             item=item.id,
             metric=metric.name,
@@ -341,27 +340,32 @@ class _Evaluation:
         self.emit("score")
         return score, record
 
-    async def _judge(self, metric: Metric, item: ItemRecord) -> tuple[State, float | None, str | None]:
-        """(state, value, error) of one score."""
+    async def _judge(
+        self, metric: Metric, item: ItemRecord, record: Record
+    ) -> tuple[State, float | None, str | None, tuple[Claim, ...]]:
+        """(state, value, error, claims) of one score."""
         from ragate.judge import TruncatedError
 
         if item.error is not None:
-            return "error", None, item.error
+            return "error", None, item.error, ()
         if missing := metric.missing(item):
             who = "the target" if self.target and missing in ("answer", "contexts") else "the test set"
-            return "error", None, f"{who} gave no {missing} for item {item.id}, which {metric.name} needs"
+            error = f"{who} gave no {missing} for item {item.id}, which {metric.name} needs"
+            return "error", None, error, ()
         try:
             result = await self._unless_stalled(self.scorers[metric.name].ascore(**metric.row(item)))
+            value = value_of(result.value)
+            if value is None:
+                return "nan", None, "ragas could not compute a score", ()
+            return "ok", value, None, metric.claims(record, item, self._vector)
         except RagateError:
             raise
         except TimeoutError as e:
-            return "timeout", None, str(e)
+            return "timeout", None, str(e), ()
         except TruncatedError as e:
-            return "truncated", None, str(e)
+            return "truncated", None, str(e), ()
         except Exception as e:
-            return "error", None, _clean(_sentence(e))
-        value = value_of(result.value)
-        return ("nan", None, "ragas could not compute a score") if value is None else ("ok", value, None)
+            return "error", None, _clean(_sentence(e)), ()
 
     async def _unless_stalled(self, scoring: Coroutine[Any, Any, Any]) -> Any:
         """Await `scoring`; TimeoutError once nothing at all has moved for `call_timeout` seconds.

@@ -20,7 +20,7 @@ from ragate.errors import ConfigError, RunError
 from ragate.journal import CallEntry
 from ragate.metrics import RECORD, JudgedCall, Metric, keep_quiet
 from ragate.run import ItemRecord
-from ragate.schemas import VERDICT_NAMES, AnswerSchema, answer_schema, breach, portable, sample
+from ragate.schemas import VERDICT_NAMES, AnswerSchema, answer_schema, breach, parse, portable, sample
 from ragate_engine import DeviceError, EngineClosedError, SamplingParams, TokenInfo
 
 keep_quiet()
@@ -136,7 +136,7 @@ class Judge(InstructorBaseRagasLLM):  # type: ignore[misc]
         key = self.key(prompt, schema)
         record = RECORD.get()
         try:
-            entry = await self._once(key, prompt, schema)
+            entry = await self._once(key, prompt, response_model, schema)
         except _TooLongError as e:
             what = f"item {record.item}" if record else "the prompt"
             raise JudgeError(
@@ -149,27 +149,29 @@ class Judge(InstructorBaseRagasLLM):  # type: ignore[misc]
             record.calls.append(JudgedCall(response_model.__name__, prompt, entry))
         if entry.finish == "length":
             raise TruncatedError(f"the judge's answer was cut at {entry.output_tokens} tokens")
-        try:
-            answer = response_model.model_validate_json(entry.output)
-        except ValidationError as e:
-            first = e.errors()[0]
-            raise JudgeError(f"the judge's answer is not what was asked for: {first['msg']}") from None
-        if fault := breach(schema.tree, json.loads(entry.output)):
+        if fault := _fault(entry, response_model, schema):
             raise JudgeError(f"the judge's answer is not what was asked for: {fault}")
-        return answer
+        return response_model.model_validate_json(entry.output)
 
     def key(self, prompt: str, schema: AnswerSchema) -> str:
         """Content address of a call: sha256 over the judge's identity, the prompt and the schema."""
         material = json.dumps([self.identity, prompt, schema.text], sort_keys=True)
         return hashlib.sha256(material.encode()).hexdigest()[:32]
 
-    async def _once(self, key: str, prompt: str, schema: AnswerSchema) -> CallEntry:
-        entry = self._known.get(key) or (self.journal.call(key) if self.journal else None)
-        if entry is not None:
+    async def _once(
+        self, key: str, prompt: str, response_model: type[BaseModel], schema: AnswerSchema
+    ) -> CallEntry:
+        if key in self._known:
+            return self._known[key]
+        entry = self.journal.call(key) if self.journal else None
+        # a laxer ragate may have kept an answer that makes no score
+        if entry is not None and not _fault(entry, response_model, schema):
             return entry
         task = self._running.get(key)
         if task is None:
-            task = self._running[key] = asyncio.ensure_future(self._compute(key, prompt, schema))
+            task = self._running[key] = asyncio.ensure_future(
+                self._compute(key, prompt, response_model, schema)
+            )
             self._waiting[key] = 0
         self._waiting[key] += 1
         try:
@@ -178,16 +180,31 @@ class Judge(InstructorBaseRagasLLM):  # type: ignore[misc]
             self._waiting[key] -= 1
             if not self._waiting[key]:  # the last one to wait takes the call with it
                 task.cancel()
-                self._running.pop(key, None)
+                del self._running[key], self._waiting[key]
 
-    async def _compute(self, key: str, prompt: str, schema: AnswerSchema) -> CallEntry:
+    async def _compute(
+        self, key: str, prompt: str, response_model: type[BaseModel], schema: AnswerSchema
+    ) -> CallEntry:
         started = time.perf_counter()
         entry = await self._ask(key, prompt, schema)
         self.call_ms[key] = round((time.perf_counter() - started) * 1e3, 3)
-        if self.journal is not None:
+        if self.journal is not None and not _fault(entry, response_model, schema):
             self.journal.append(entry)
         self._known[key] = entry
         return entry
+
+
+def _fault(entry: CallEntry, response_model: type[BaseModel], schema: AnswerSchema) -> str | None:
+    """Why no score can be made from an answer, or `None`; one that was cut is no fault but `truncated`."""
+    if entry.finish == "length":
+        return None
+    try:
+        response_model.model_validate_json(entry.output)
+        return breach(schema.tree, parse(entry.output))
+    except ValidationError as e:
+        return str(e.errors()[0]["msg"])
+    except ValueError as e:
+        return str(e)
 
 
 class _TooLongError(Exception):

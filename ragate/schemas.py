@@ -152,6 +152,24 @@ def _input_of(prompt: str) -> dict[str, Any]:
     return dict(data)
 
 
+def parse(text: str) -> Any:
+    """The value of an answer's JSON text. Raises ValueError, also for a key given twice in one object."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two verdicts under one name neither is the judge's."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"the key {name!r:.80} is there twice")
+        fields[name] = value
+    return fields
+
+
 def breach(tree: Any, value: Any, where: str = "the answer") -> str | None:
     """How `value` breaks a schema of ours, or `None`: what ragas does not check and an endpoint may ignore.
 
@@ -164,6 +182,8 @@ def breach(tree: Any, value: Any, where: str = "the answer") -> str | None:
     if not isinstance(value, _KINDS[tree["type"]]):
         return f"{where} is {value!r}, not a {tree['type']}"
     if isinstance(value, dict):
+        if stray := [name for name in value if name not in tree["properties"]]:
+            return f"{where} has the key {stray[0]!r:.80}, which was not asked for"
         parts = [(t, value.get(k), f"{where}.{k}") for k, t in tree["properties"].items()]
     elif isinstance(value, list):
         trees = tree.get("prefixItems") or [tree["items"]] * max(len(value), tree["minItems"])

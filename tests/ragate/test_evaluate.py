@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +184,25 @@ def test_an_item_whose_target_failed_is_an_error_of_every_metric(tmp_path: Path,
     assert run.items[0].contexts == ("c",)
 
 
+def test_an_answer_that_failed_in_an_interrupted_run_is_asked_for_again(tmp_path: Path, engines: Any) -> None:
+    def interrupt(event: Event) -> None:
+        if event.answers_done == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    def answer(item: Item) -> Answer:
+        if item.id == "q1":
+            raise ConnectionError("refused")
+        return Answer(answer="A.", contexts=("c",))
+
+    with pytest.raises(KeyboardInterrupt):
+        run_once(tmp_path, engines(), target=App(answer), on_event=interrupt)
+    again = App(lambda item: Answer(answer="B.", contexts=("c",)))
+    run, timings = run_once(tmp_path, engines(), target=again)
+    assert again.asked == ["q1"]
+    assert timings.answers_resumed == 3
+    assert [(item.answer, item.error) for item in run.items] == [(a, None) for a in ("A.", "B.", "A.", "A.")]
+
+
 @pytest.mark.parametrize(
     ("answer", "errors"),
     [
@@ -271,6 +291,25 @@ def test_a_truncated_answer_is_counted_as_such(tmp_path: Path, engines: Any) -> 
     score = run.score("q2", "context_precision")
     assert score is not None
     assert (score.state, score.value, score.claims, len(score.calls)) == ("truncated", None, (), 2)
+
+
+def test_a_score_whose_claims_cannot_be_read_is_an_error_of_it_alone(
+    tmp_path: Path, engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims = METRICS["context_recall"].claims
+
+    def sloppy(record: Any, item: Any, vectors: Any) -> Any:
+        if item.id == "q1":
+            raise ValueError("zip() argument 2 is longer than argument 1")
+        return claims(record, item, vectors)
+
+    monkeypatch.setitem(METRICS, "context_recall", replace(METRICS["context_recall"], claims=sloppy))
+    run, _ = run_once(tmp_path, engines(), metrics=["context_recall"])
+    assert run.states("context_recall") == {"ok": 3, "error": 1}
+    score = run.score("q1", "context_recall")
+    assert score is not None
+    assert (score.value, score.claims) == (None, ())
+    assert score.error == "ValueError: zip() argument 2 is longer than argument 1"
 
 
 def test_a_score_that_is_not_a_number_is_counted_and_not_averaged(

@@ -27,7 +27,7 @@ from ragas.metrics.collections.faithfulness.util import (
 )
 
 from ragate.errors import ConfigError, RunError
-from ragate.journal import Journal
+from ragate.journal import CallEntry, Journal
 from ragate.judge import EngineJudge, JudgeError, TruncatedError, UrlJudge, probe_hash, verdict_probabilities
 from ragate.metrics import METRICS, RECORD, Record
 from ragate.schemas import answer_schema, breach, portable
@@ -165,6 +165,16 @@ def test_the_longest_answer_is_as_long_as_the_schema_says(model: type) -> None:
         (ContextPrecisionOutput, {"reason": "r", "verdict": -1}, "the answer.verdict is -1, not 0 or 1"),
         (ContextPrecisionOutput, {"reason": "r", "verdict": True}, "the answer.verdict is True, not 0 or 1"),
         (ContextPrecisionOutput, {"verdict": 1}, "the answer.reason is None, not a string"),
+        (
+            ContextPrecisionOutput,
+            {"reason": "r", "verdict": 1, "relevance": {"verdict": 1}},
+            "the answer has the key 'relevance', which was not asked for",
+        ),
+        (
+            StatementGeneratorOutput,
+            {"statements": ["s"], "verdict": 1},
+            "the answer has the key 'verdict', which was not asked for",
+        ),
         (ContextRecallOutput, {"classifications": []}, "the answer.classifications has 0 entries, not 1"),
         (
             NLIStatementOutput,
@@ -359,9 +369,11 @@ def test_a_cancelled_caller_leaves_the_call_to_the_others_and_the_last_one_takes
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
         gate.set()
-        return len(judge._running)
+        return len(judge._running) + len(judge._waiting)
 
     assert asyncio.run(one_gives_up()).verdict in (0, 1)
+    assert not judge._running
+    assert not judge._waiting
     assert asyncio.run(all_give_up()) == 0
     engine.close()
 
@@ -521,6 +533,49 @@ def test_an_answer_that_breaks_the_schema_is_an_error_and_not_a_score(
     endpoint.content = content
     with pytest.raises(JudgeError, match=re.escape(error)):
         ask_url(UrlJudge(endpoint.url, "m"), NLIStatementOutput, nli_prompt("One.", "Two."))
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ('{"reason":"ok","verdict":1,"relevance":{"verdict":1}}', "has the key 'relevance'"),
+        ('{"reason":"ok","verdict":0,"verdict":1}', "the key 'verdict' is there twice"),
+        ('{"reason":"ok","verdict":1} and so', "Invalid JSON"),
+        ('{"reason":"\\ud800","verdict":1}', "Invalid JSON"),
+    ],
+)
+def test_an_answer_that_breaks_the_schema_is_not_kept_and_the_next_run_asks_again(
+    endpoint: Endpoint, tmp_path: Path, content: str, error: str
+) -> None:
+    endpoint.content = content
+    for _ in range(2):
+        with Journal.open(tmp_path / "journal.jsonl") as journal:
+            judge = UrlJudge(endpoint.url, "m")
+            judge.journal = journal
+            with pytest.raises(JudgeError, match=error):
+                ask_url(judge)
+            with pytest.raises(JudgeError, match=error):  # within one run the answer stays the same
+                ask_url(judge)
+    assert len(endpoint.bodies) == 2
+    endpoint.content = None
+    with Journal.open(tmp_path / "journal.jsonl") as journal:
+        judge.journal = journal
+        judge._known.clear()
+        assert ask_url(judge).verdict in (0, 1)
+
+
+def test_a_journaled_answer_that_makes_no_score_is_asked_again(endpoint: Endpoint, tmp_path: Path) -> None:
+    judge = UrlJudge(endpoint.url, "m")
+    key = judge.key(precision_prompt(), answer_schema(ContextPrecisionOutput, ""))
+    output = '{"reason":"ok","verdict":1,"relevance":{"verdict":1}}'
+    counts = {"prompt_tokens": 3, "output_tokens": 2}
+    with Journal.open(tmp_path / "journal.jsonl") as journal:
+        journal.append(CallEntry(key=key, output=output, **counts, finish="stop", verdicts=(0.8, 0.8)))
+        judge.journal = journal
+        assert ask_url(judge).verdict in (0, 1)
+        kept = journal.call(key)
+    assert kept is not None
+    assert kept.verdicts == (0.8,)
 
 
 def test_an_endpoint_that_cuts_an_answer_gives_a_truncated_call(endpoint: Endpoint) -> None:
