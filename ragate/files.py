@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -24,6 +25,10 @@ def write_whole(path: Path, text: str) -> None:
     except OSError as e:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
-        raise RunError(
-            f"{path}: cannot write: {e.strerror}; free some space or name another folder with --out"
-        ) from None
+        way_out = "; free some space or name another folder with --out" if out_of_space(e) else ""
+        raise RunError(f"{path}: cannot write: {e.strerror}{way_out}") from None
+
+
+def out_of_space(error: OSError) -> bool:
+    """True when the disk or the user's share of it is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ragate.errors import RunError
+from ragate.files import out_of_space
 from ragate.run import Frozen
 
 if TYPE_CHECKING:
@@ -113,6 +114,16 @@ def read_entries(data: bytes) -> tuple[list[Entry], list[int], int]:
     return entries, corrupt, end
 
 
+def _writer(path: Path) -> str:
+    """Who has the journal open, as it says itself."""
+    try:
+        entries, _, _ = read_entries(path.read_bytes())
+    except OSError:  # it holds the lock and has no file yet
+        entries = []
+    starts = [entry for entry in entries if isinstance(entry, StartEntry)]
+    return f"process {starts[-1].pid}" if starts else "another process"
+
+
 class Journal:
     """An open journal, locked against a second run. Make one with `Journal.open`; close it, or use `with`."""
 
@@ -153,8 +164,7 @@ class Journal:
             lock.acquire()
             fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
         except Timeout:
-            starts = [e for e in read_entries(path.read_bytes())[0] if isinstance(e, StartEntry)]
-            who = f"process {starts[-1].pid}" if starts else "another process"
+            who = _writer(path)
             raise RunError(
                 f"{path.parent}: {who} is writing a run here; wait for it, or name another folder with --out"
             ) from None
@@ -265,7 +275,8 @@ class Journal:
                 self._failure = e  # raised by the next append, flush or close
 
     def _refused(self, error: OSError) -> RunError:
+        first = "free some space and " if out_of_space(error) else ""
         return RunError(
             f"{self.path}: cannot write the journal: {error.strerror}; "
-            "free some space and run again: what is there so far will not be judged twice"
+            f"{first}run again: what is there so far will not be judged twice"
         )

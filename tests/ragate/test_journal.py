@@ -11,6 +11,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -163,6 +164,14 @@ def test_a_second_run_in_the_folder_is_told_which_process_has_it(tmp_path: Path)
         journal.append(call("a"))
 
 
+def test_a_second_run_is_refused_while_the_first_has_the_lock_and_no_file_yet(tmp_path: Path) -> None:
+    with (
+        FileLock(tmp_path / "journal.jsonl.lock", thread_local=False),
+        pytest.raises(RunError, match="another process is writing a run here; wait for it"),
+    ):
+        Journal.open(tmp_path / "journal.jsonl")
+
+
 def test_a_full_disk_is_a_run_error_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,7 +229,7 @@ def test_a_disk_that_fails_to_sync_is_reported_by_the_next_append(
         journal.append(call("b"))
 
     monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(RunError, match="Input/output error"):
+    with pytest.raises(RunError, match="Input/output error; run again: what is there"):
         asyncio.run(append_twice())
     with pytest.raises(RunError):
         journal.close()
