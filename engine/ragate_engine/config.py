@@ -10,6 +10,9 @@ from ragate_engine.errors import ConfigError
 BLOCK_SIZE = 16
 """Tokens in one KV block: the unit of allocation, of sharing and of the prefix cache."""
 
+MAX_LEN = 1 << 24
+"""The longest window believed of a model file."""
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -81,6 +84,12 @@ class ModelConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model field {name} must be positive, got {getattr(self, name)}")
+        if self.max_len > MAX_LEN:
+            raise ConfigError(
+                f"model field max_len is {self.max_len}: no model reaches beyond {MAX_LEN} tokens"
+            )
+        if self.window is not None and self.window < 1:
+            raise ConfigError(f"model field window must be positive, got {self.window}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model has {self.num_heads} heads, which is not a multiple of its {self.num_kv_heads} KV heads"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +20,7 @@ import torch
 from ragate_engine import sampling
 from ragate_engine.blocks import BlockPool
 from ragate_engine.config import EngineConfig
-from ragate_engine.errors import DeviceError, EngineClosedError, EngineError, GrammarError
+from ragate_engine.errors import DeviceError, EngineClosedError, EngineError, GrammarError, PromptTooLongError
 from ragate_engine.grammar import Grammars
 from ragate_engine.request import Completion, Request, Row, SamplingParams, Status, TokenInfo, Usage
 from ragate_engine.runner import Runner
@@ -54,7 +57,7 @@ class Engine:
         self._grammars = (
             Grammars(checkpoint.tokenizer, self._runner.vocab_size) if checkpoint.tokenizer else None
         )
-        self._next_id = 0
+        self._ids = itertools.count()
         self._inbox: list[Request] = []
         self._wake = threading.Condition()
         self._closing = False
@@ -106,17 +109,17 @@ class Engine:
             raise EngineError(f"the prompt holds a token id outside [0, {self._runner.vocab_size})")
         self._runner.check_length(len(prompt))
         future: Future[Completion] = Future()
-        request = Request(self._next_id, list(prompt), len(prompt), params, future)
+        request = Request(next(self._ids), list(prompt), len(prompt), params, future)
         if params.schema is not None:
-            if self._grammars is None:
-                raise GrammarError("this model has no tokenizer, which a schema needs")
+            with self._wake:
+                if self._grammars is None:
+                    self._grammars = Grammars(self.tokenizer, self._runner.vocab_size)
             request.grammar = self._grammars.start(params.schema)
         with self._wake:
             if self._failure is not None:
                 raise self._failure
             if self._closing:
                 raise EngineClosedError("the engine is closed")
-            self._next_id += 1
             self._inbox.append(request)
             self._wake.notify()
         return future
@@ -162,7 +165,10 @@ class Engine:
 
     def _loop(self) -> None:
         # of this thread: where kernels bring their own threads, OpenMP's waiting ones would take their cores
-        torch.set_num_threads(1 if self._runner.own_threads else self.config.threads or os.cpu_count() or 1)
+        # (and torch's own vector code rounds unlike its scalar code where it cuts a tensor between threads)
+        torch.set_num_threads(
+            1 if self._runner.device.type == "cpu" else self.config.threads or os.cpu_count() or 1
+        )
         try:
             while self._take_inbox():
                 self._step()
@@ -184,20 +190,30 @@ class Engine:
             while not (self._inbox or self._closing or self._scheduler.running or self._scheduler.waiting):
                 self._wake.wait()
             arrived, self._inbox = self._inbox, []
+            for request in arrived:  # from here on the scheduler knows them, whatever happens
+                self._scheduler.add(request)
             if self._closing:
-                for request in arrived:
-                    self._scheduler.add(request)
                 return False
         for request in arrived:
             self._usage.requests += 1
             self._usage.prompt_tokens += request.prompt_len
-            self._scheduler.add(request)
-            if request.grammar is not None:
-                self._extend(request, request.grammar.forced(), forced=True)
+            with self._failing_alone(request):
+                self._extend_by_grammar(request)
         for request in [*self._scheduler.running, *self._scheduler.waiting]:
             if request.future.cancelled():
                 self._scheduler.finish(request)
+                request.future.set_running_or_notify_cancel()  # wakes those who wait for it
         return True
+
+    @contextmanager
+    def _failing_alone(self, request: Request) -> Iterator[None]:
+        """What goes wrong inside is this request's failure, not its neighbours'."""
+        try:
+            yield
+        except EngineError as e:
+            self._fail(request, e)
+        except Exception as e:
+            self._fail(request, EngineError(f"this request failed: {type(e).__name__}: {e}"))
 
     def _step(self) -> None:
         clock = time.perf_counter
@@ -206,6 +222,13 @@ class Engine:
         t1 = clock()
         self._usage.seconds["plan"] += t1 - t0
         if not plan.rows:
+            # nothing runs and the first in the queue does not fit: it never will
+            if self._scheduler.waiting and not self._scheduler.running:
+                request = self._scheduler.waiting[0]
+                error = PromptTooLongError(
+                    f"the KV cache cannot hold {len(request.tokens)} tokens: give it more memory"
+                )
+                self._fail(request, error)
             return
         rows, logits = self._runner.forward(plan)
         self._scheduler.settle(plan)
@@ -222,32 +245,37 @@ class Engine:
         words = -(-self._runner.vocab_size // 32)
         masks = np.full((len(rows), words), -1, np.int32)
         for i, row in enumerate(rows):
-            if row.request.grammar is not None:
-                row.request.grammar.fill_mask(masks[i])
+            with self._failing_alone(row.request):
+                if row.request.grammar is not None:
+                    row.request.grammar.fill_mask(masks[i])
         bits = torch.from_numpy(masks).to(logits.device)
         ops = self._runner.kernels
         picked, lse = ops.pick(logits, bits)
-        count = max(row.request.params.logprobs for row in rows)
+        count = min(max(row.request.params.logprobs for row in rows), logits.shape[1])
         top_ids, top_logits = (t.tolist() for t in ops.likeliest(logits, bits, count)) if count else ([], [])
         ids, sums = picked.tolist(), lse.tolist()
         chosen = logits.gather(1, picked.long().clamp(min=0)[:, None])[:, 0].tolist()
         for i, row in enumerate(rows):
             request, params = row.request, row.request.params
-            token = ids[i]
-            if token < 0:
-                self._fail(request, GrammarError("the grammar allows no token here"))
+            if request.done:  # its grammar failed just now
                 continue
-            if params.temperature > 0:
-                values = logits[i].cpu().numpy()
-                allowed = sampling.allowed_tokens(masks[i], len(values))
-                token = sampling.sample(values, allowed, params, len(request.tokens))
-            logprob: float | None = None
-            top: tuple[tuple[str, float], ...] = ()
-            if params.logprobs:
-                logprob = chosen[i] - sums[i] if token == ids[i] else float(logits[i, token]) - sums[i]
-                best = zip(top_ids[i][: params.logprobs], top_logits[i], strict=False)
-                top = tuple((self._token_text(t), value - sums[i]) for t, value in best if t >= 0)
-            self._accept(request, token, logprob, top)
+            with self._failing_alone(request):
+                token = ids[i]
+                if not math.isfinite(sums[i]):
+                    raise EngineError("the model's output is not a number: its weights may be damaged")
+                if token < 0:
+                    raise GrammarError("the grammar allows no token here")
+                if params.temperature > 0:
+                    values = logits[i].cpu().numpy()
+                    allowed = sampling.allowed_tokens(masks[i], len(values))
+                    token = sampling.sample(values, allowed, params, len(request.tokens))
+                logprob: float | None = None
+                top: tuple[tuple[str, float], ...] = ()
+                if params.logprobs:
+                    logprob = chosen[i] - sums[i] if token == ids[i] else float(logits[i, token]) - sums[i]
+                    best = zip(top_ids[i][: params.logprobs], top_logits[i], strict=False)
+                    top = tuple((self._token_text(t), value - sums[i]) for t, value in best if t >= 0)
+                self._accept(request, token, logprob, top)
 
     def _token_text(self, token: int) -> str:
         return (
@@ -261,22 +289,22 @@ class Engine:
     ) -> None:
         """Take a chosen token: end the request, or want it (and what the grammar forces after it) computed."""
         tokenizer = self._checkpoint.tokenizer
-        ends = tokenizer is not None and token in tokenizer.eos_ids and not request.params.ignore_eos
-        try:
-            if request.grammar is not None and not request.grammar.complete:
-                request.grammar.consume(token)
-            if ends:
-                self._complete(request, "stop")
-                return
-            self._extend(request, [token], logprob=logprob, top=top)
-            if request.done:
-                return
-            if request.grammar is not None:
-                self._extend(request, request.grammar.forced(), forced=True)
-                if not request.done and request.grammar.complete:
-                    self._complete(request, "stop")
-        except GrammarError as e:
-            self._fail(request, e)
+        if request.grammar is not None:
+            request.grammar.consume(token)
+        if tokenizer is not None and token in tokenizer.eos_ids and not request.params.ignore_eos:
+            self._complete(request, "stop")
+            return
+        self._extend(request, [token], logprob=logprob, top=top)
+        if not request.done:
+            self._extend_by_grammar(request)
+
+    def _extend_by_grammar(self, request: Request) -> None:
+        """Append what the grammar forces; end the request where it is complete."""
+        if request.grammar is None:
+            return
+        self._extend(request, request.grammar.forced(), forced=True)
+        if not request.done and request.grammar.complete:
+            self._complete(request, "stop")
 
     def _extend(
         self,
@@ -289,7 +317,7 @@ class Engine:
     ) -> None:
         """Append output tokens, up to a stop string, the token limit or the window."""
         tokenizer = self._checkpoint.tokenizer
-        for token in tokens:
+        for i, token in enumerate(tokens):
             if forced and tokenizer is not None and token in tokenizer.eos_ids:
                 self._complete(request, "stop")
                 return
@@ -303,9 +331,11 @@ class Engine:
                 at = request.text.find(stop)
                 if at >= 0:
                     request.text = request.text[:at]
+                    request.decoder.reset()
                     self._complete(request, "stop")
                     return
-            complete = request.grammar is not None and request.grammar.complete and token == tokens[-1]
+            last = i == len(tokens) - 1
+            complete = last and request.grammar is not None and request.grammar.complete
             if not complete and (
                 len(request.output) >= request.params.max_tokens or len(request.tokens) >= self.max_len
             ):

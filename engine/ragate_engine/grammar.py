@@ -22,6 +22,8 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self.words = -(-vocab_size // 32)
         eos = sorted(tokenizer.eos_ids)
+        if not eos:
+            raise GrammarError("this model has no end token, which a schema needs")
         self._tokenizer = llguidance.LLTokenizer(
             tokenizer.hf.to_str(), n_vocab=vocab_size, eos_token=eos if len(eos) > 1 else eos[0]
         )
@@ -57,11 +59,12 @@ class GrammarState:
 
     def _raise_on_error(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError(f"the grammar failed: {self._matcher.get_error()}")
+            raise GrammarError(f"the grammar failed: {self._matcher.get_error().strip().splitlines()[0]}")
 
     @property
     def complete(self) -> bool:
-        """Whether nothing may follow."""
+        """Whether nothing may follow. A matcher that failed has stopped too: that raises."""
+        self._raise_on_error()
         return bool(self._matcher.is_stopped())
 
     def forced(self) -> list[int]:
@@ -74,6 +77,7 @@ class GrammarState:
     def fill_mask(self, row: np.ndarray) -> None:
         """Write the allowed tokens into `row`, int32 [ceil(vocab / 32)], bit i of word w for token 32 w + i."""
         fill_next_token_bitmask(self._matcher, row.reshape(1, self._words), 0)
+        self._raise_on_error()
 
     def consume(self, token: int) -> None:
         """Advance by a sampled token."""

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from ragate_engine.grammar import GrammarState
 
 
+MAX_LOGPROBS = 64
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens. Greedy unless `temperature` is above 0; the same `seed` gives the same tokens."""
@@ -32,10 +35,17 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "seed", "logprobs"):
+            if type(getattr(self, name)) is not int:
+                raise ConfigError(f"{name} must be a whole number, got {getattr(self, name)!r}")
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature must not be negative, got {self.temperature}")
+        if not (self.temperature == 0 or 1e-3 <= self.temperature <= 1e3):  # also refuses NaN
+            raise ConfigError(f"temperature must be 0 or between 0.001 and 1000, got {self.temperature}")
+        if self.logprobs > MAX_LOGPROBS:
+            raise ConfigError(f"logprobs must be at most {MAX_LOGPROBS}, got {self.logprobs}")
+        if isinstance(self.stop, str) or not all(isinstance(stop, str) and stop for stop in self.stop):
+            raise ConfigError("stop must be a list of strings that are not empty")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0 or self.logprobs < 0:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ragate_engine.config import BLOCK_SIZE, EngineConfig
+from ragate_engine.config import BLOCK_SIZE, MAX_LEN, EngineConfig
 from ragate_engine.errors import DeviceError, OutOfMemoryError, PromptTooLongError
 from ragate_engine.kernels import StepInputs, choose
 from ragate_engine.kv import KVCache, block_bytes
@@ -54,7 +54,16 @@ class Runner:
             "float16": torch.float16,
         }[config.dtype]
         model = checkpoint.config
-        self.max_len = min(config.max_len or model.max_len, model.max_len)
+        per_block = block_bytes(model, self.dtype)
+        # the window is at most what the pool could hold: a file may claim any length, and rope tables are sized by it
+        self.max_len = min(
+            config.max_len or MAX_LEN, model.max_len, self._memory(config) // per_block * BLOCK_SIZE
+        )
+        if self.max_len < 2 * BLOCK_SIZE:
+            raise OutOfMemoryError(
+                f"the KV cache has room for {self.max_len} tokens of {per_block // BLOCK_SIZE} bytes each: "
+                "give it more with kv_gib"
+            )
         # the C kernels hold float32 and walk a head sixteen floats at a time
         plain = self.device.type == "cpu" and (
             self.dtype != torch.float32 or model.head_dim % BLOCK_SIZE != 0
@@ -76,16 +85,20 @@ class Runner:
                 f"the weights of this model do not fit {self.device} ({free:.1f} GiB left): "
                 "use a smaller model or device cpu"
             ) from e
-        per_block = block_bytes(model, self.dtype)
         # never more than max_batch sequences of the longest kind could use
         most = config.max_batch * -(-self.max_len // BLOCK_SIZE)
         blocks = min(self._kv_budget(config) // per_block, most)
-        if blocks * BLOCK_SIZE < min(self.max_len, 2 * BLOCK_SIZE):
-            raise OutOfMemoryError(
-                f"the KV cache has room for {blocks} blocks of {per_block} bytes: give it more with kv_gib"
-            )
         self.kv = KVCache(model, blocks, self.kernels, self.dtype, self.device)
         self.vocab_size = model.vocab_size
+        self.window = model.max_len
+
+    def _memory(self, config: EngineConfig) -> int:
+        """Bytes that KV blocks could have at most."""
+        if config.kv_bytes is not None:
+            return config.kv_bytes
+        if self.device.type == "cpu":
+            return CPU_KV_BYTES
+        return int(torch.cuda.get_device_properties(self.device).total_memory)
 
     def _kv_budget(self, config: EngineConfig) -> int:
         if config.kv_bytes is not None:
@@ -98,7 +111,7 @@ class Runner:
         """Raise PromptTooLongError where a prompt leaves no room for an answer in window or pool."""
         room = min(self.max_len, self.kv.num_blocks * BLOCK_SIZE)
         if prompt_tokens >= room:
-            which = "the model's window" if room == self.max_len else "the KV cache"
+            which = "the model's window" if room == self.window else "the KV cache or the max_len setting"
             raise PromptTooLongError(
                 f"the prompt has {prompt_tokens} tokens and {which} holds {room}: shorten the contexts or use a model "
                 "with a longer window"

@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 
 import pytest
 from models import PROMPTS, cached_model
@@ -19,6 +19,7 @@ from ragate_engine import (
     EngineConfig,
     EngineError,
     GrammarError,
+    OutOfMemoryError,
     PromptTooLongError,
     SamplingParams,
 )
@@ -203,6 +204,42 @@ def test_closing_resolves_every_future() -> None:
         engine.submit(prompt)
 
 
+def test_a_request_that_fails_does_not_take_its_neighbours_along() -> None:
+    broken = json.dumps({"type": "string", "pattern": "^(a?){3000}a{3000}$"})
+    with load() as engine:
+        prompt = engine.tokenizer.encode("Once upon a time")
+        first = engine.submit(prompt, SamplingParams(max_tokens=30))
+        bad = engine.submit(prompt, SamplingParams(max_tokens=30, schema=broken))
+        last = engine.submit(prompt, SamplingParams(max_tokens=5))
+        with pytest.raises(GrammarError) as e:
+            bad.result(timeout=60)
+        assert "\n" not in str(e.value)
+        assert len(first.result(timeout=60).tokens) == 30
+        assert len(last.result(timeout=60).tokens) == 5
+
+
+def test_forced_tokens_count_against_the_limit(engine: Engine) -> None:
+    c = ask(engine, "x", max_tokens=3, schema='{"const": 1111111111}')
+    assert (len(c.tokens), c.finish) == (3, "length")
+
+
+def test_a_cancelled_future_wakes_those_who_wait_for_it(engine: Engine) -> None:
+    future = engine.submit(engine.tokenizer.encode("Once"), SamplingParams(max_tokens=2000, ignore_eos=True))
+    assert future.cancel()
+    assert wait([future], timeout=60).done == {future}
+
+
+def test_a_window_larger_than_memory_is_cut_to_what_the_pool_holds() -> None:
+    per_token = 2 * 30 * 3 * 64 * 4
+    with load(kv_bytes=20 * 16 * per_token) as engine:
+        assert engine.max_len == 320
+        with pytest.raises(PromptTooLongError, match="320"):
+            engine.submit([5] * 320)
+        assert len(engine.submit([5] * 319, SamplingParams(max_tokens=9)).result(timeout=60).tokens) == 1
+    with pytest.raises(OutOfMemoryError, match="kv_gib"):
+        load(kv_bytes=1000)
+
+
 def test_bad_requests_are_refused_in_one_sentence(engine: Engine) -> None:
     with pytest.raises(PromptTooLongError, match=r"9000 tokens .* 8192"):
         engine.submit([5] * 9000)
@@ -216,3 +253,7 @@ def test_bad_requests_are_refused_in_one_sentence(engine: Engine) -> None:
         SamplingParams(max_tokens=0)
     with pytest.raises(ConfigError, match="top_p"):
         SamplingParams(top_p=0)
+    for wrong in ({"seed": None}, {"logprobs": 10**6}, {"temperature": 1e-308}, {"temperature": math.nan},
+                  {"max_tokens": 2.5}, {"stop": "abc"}, {"stop": ("",)}):  # fmt: skip
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            SamplingParams(**wrong)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -215,17 +218,33 @@ def test_pick_takes_the_likeliest_allowed_token_and_the_lowest_of_equals(ops) ->
 @backends
 def test_likeliest_lists_the_best_allowed_tokens_the_lowest_id_first_among_equals(ops) -> None:
     logits = torch.randn(3, 100)
-    logits[0, [90, 20, 55]] = 7.0
+    logits[0, [90, 20, 55, 77, 60]] = 7.0
     allowed = torch.ones(3, 128, dtype=torch.bool)
     allowed[1, 50:] = False
     allowed[2, :] = False
     allowed[2, [4, 8]] = True
     mask = torch.from_numpy(np.packbits(allowed.numpy(), axis=1, bitorder="little").view(np.int32).copy())
     ids, values = ops.likeliest(logits, mask, 4)
-    assert ids[0, :3].tolist() == [20, 55, 90]
+    assert ids[0].tolist() == [20, 55, 60, 77]
     assert ids[1].tolist() == logits[1, :50].argsort(descending=True)[:4].tolist()
     assert sorted(ids[2, :2].tolist()) == [4, 8] and ids[2, 2:].tolist() == [-1, -1]
     assert torch.equal(values[1], logits[1, ids[1].long()])
+
+
+@pytest.mark.skipif(not cpu.available(), reason="no C compiler")
+def test_the_kernel_threads_survive_growth_and_a_fork() -> None:
+    """More threads while in use, then a fork: neither hangs, both give the same bits."""
+    code = (
+        "import os, torch; from ragate_engine.kernels import cpu\n"
+        "x = torch.randn(64, 256); p = cpu.pack_linear(torch.randn(512, 256)); y = cpu.linear(x, p, None)\n"
+        "for n in (2, 3, 4, 2):\n"
+        "    cpu.set_threads(n)\n"
+        "    assert all(torch.equal(cpu.linear(x, p, None), y) for _ in range(200))\n"
+        "child = os.fork()\n"
+        "if child == 0: os._exit(0 if torch.equal(cpu.linear(x, p, None), y) else 1)\n"
+        "raise SystemExit(os.waitpid(child, 0)[1])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
 
 
 @pytest.mark.skipif(not cpu.available(), reason="no C compiler")

@@ -181,7 +181,7 @@ def pick(logits: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 def likeliest(logits: torch.Tensor, mask: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` likeliest allowed tokens, best first: ids (-1 where fewer) and logits, [M, count] each."""
-    values, ids = _masked(logits, mask).topk(count, dim=-1)
-    ids, order = ids.sort(dim=-1)  # equals by id, then by value in a stable sort
-    values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    return ids.gather(-1, order).masked_fill(values == float("-inf"), -1), values
+    # a stable sort, not topk, which chooses freely among equals at the cut
+    values, ids = _masked(logits, mask).sort(dim=-1, descending=True, stable=True)
+    values, ids = values[:, :count], ids[:, :count]
+    return ids.masked_fill(values == float("-inf"), -1), values

@@ -239,6 +239,7 @@ def model_config(file: GGUFFile) -> ModelConfig:
     if head_dim < 2 or head_dim % 2:
         meta.refuse(f"heads of {head_dim} values cannot be turned by a rope: fetch it again")
     window = meta.get("attention.sliding_window", int) or None
+    window = None if window == -1 else window  # how some tools write that there is none
     # 27B models scale by the mean head width, not their own; llama.cpp tells them by depth, so do we.
     wide = (arch, layers) in (("gemma2", 46), ("gemma3", 62))
     local_theta = meta.get("rope.freq_base_swa", float) or 10_000.0

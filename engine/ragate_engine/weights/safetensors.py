@@ -78,6 +78,7 @@ def model_config(folder: Path) -> ModelConfig:
     if head_dim < 2 or head_dim % 2:
         meta.refuse(f"heads of {head_dim} values cannot be turned by a rope")
     window = meta.get("sliding_window", int) or None
+    window = None if window == -1 else window  # how some tools write that there is none
     if arch in ("qwen2", "qwen3") and not meta.get("use_sliding_window", bool):
         window = None
     scalar = meta.get("query_pre_attn_scalar", float) or 256.0

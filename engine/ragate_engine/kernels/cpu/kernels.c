@@ -53,8 +53,8 @@ static void run_tasks(void) {
   }
 }
 
-static void *worker(void *unused) {
-  long seen = 0;
+static void *worker(void *start) {
+  long seen = (long)(intptr_t)start;
   for (;;) {
     int spins = 0;
     while (atomic_load_explicit(&pool.generation, memory_order_acquire) == seen) {
@@ -69,15 +69,27 @@ static void *worker(void *unused) {
     run_tasks();
     atomic_fetch_sub(&pool.pending, 1);
   }
-  return unused;
+  return NULL;
+}
+
+/* After fork the child has none of the threads: it starts over with one. */
+static void after_fork(void) {
+  pthread_mutex_init(&pool.lock, NULL);
+  pthread_mutex_init(&pool.owner, NULL);
+  pthread_cond_init(&pool.wake, NULL);
+  pool.size = 1;
+  pool.started = 0;
 }
 
 /* Set how many threads work, the caller's included. Threads already started stay. */
 void rg_set_threads(int n) {
+  static int registered;
   pthread_mutex_lock(&pool.owner);
+  if (!registered) registered = !pthread_atfork(NULL, NULL, after_fork);
   while (pool.started < n - 1) {
     pthread_t thread;
-    if (pthread_create(&thread, NULL, worker, NULL)) break;
+    void *start = (void *)(intptr_t)atomic_load(&pool.generation); /* it joins with the next operation */
+    if (pthread_create(&thread, NULL, worker, start)) break;
     pthread_detach(thread);
     pool.started++;
   }
