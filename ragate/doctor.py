@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from ragate import catalog
+from ragate.endpoint import is_url, shown
 from ragate.errors import CatalogError, RagateError
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ def findings(settings: Settings) -> Iterator[str]:
     yield f"kernels     {_kernels(settings)}"
     here = [m.name for m in catalog.models() if catalog.is_cached(m.name)]
     yield f"models      {', '.join(here) or 'none yet'} in {catalog.cache_folder()}"
-    if settings.judge.startswith(("http://", "https://")):
-        yield f"judge       {settings.judge}"
+    if is_url(settings.judge):
+        yield f"judge       {shown(settings.judge)}"
     else:
         try:
             choice = catalog.resolve_judge(settings.judge, settings.device, pull=False)
@@ -37,7 +38,7 @@ def findings(settings: Settings) -> Iterator[str]:
                 yield f"            {choice.note}"
         except CatalogError as e:
             yield f"judge       {settings.judge}: {e}"
-    yield f"target      {settings.target}"
+    yield f"target      {shown(settings.target)}"
     try:
         from ragate.suite import baseline_of_suite, load_suite
 
@@ -51,8 +52,10 @@ def findings(settings: Settings) -> Iterator[str]:
     for name in type(settings).model_fields:
         value = getattr(settings, name)
         if name != "origins":
-            shown = ",".join(value) if isinstance(value, tuple) else "not set" if value is None else value
-            yield f"  {name:16} {shown!s:40} {settings.origins.get(name, 'default')}"
+            if name in ("judge", "target"):
+                value = shown(value)
+            text = ",".join(value) if isinstance(value, tuple) else "not set" if value is None else value
+            yield f"  {name:16} {text!s:40} {settings.origins.get(name, 'default')}"
 
 
 def _version(name: str) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from ragate.endpoint import KEY_VARIABLE, endpoint_of
 from ragate.errors import ConfigError, RunError
 from ragate.journal import CallEntry
 from ragate.metrics import RECORD, JudgedCall, Metric, keep_quiet
@@ -275,20 +276,27 @@ class UrlJudge(Judge):
         timeout: float = 600.0,
         concurrency: int = 16,
     ) -> None:
-        """`url` is the API's root, such as http://localhost:8000/v1; no `model` takes the first one it lists.
+        """`url` is the API's root, such as http://localhost:8000/v1, with the model's name after a `#`.
 
+        Without a `model` there or here it takes the first one that the endpoint lists. A user and password in
+        the URL go out as basic authentication, else `api_key` as a bearer token; neither is part of the name.
         `timeout` is in seconds, per request; `concurrency` is how many run at once. Raises ConfigError when
-        the endpoint must name its model and cannot.
+        the endpoint must name its model and cannot, and for a malformed URL or key.
         """
-        self.url = url.rstrip("/").removesuffix("/chat/completions")
-        self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.endpoint = endpoint_of(url)
+        self.url = self.endpoint.name
+        self.auth = self.endpoint.auth
+        api_key = (api_key or "").strip()
+        if not (api_key.isascii() and api_key.isprintable()):
+            raise ConfigError(f"{KEY_VARIABLE}: not an API key: it has other than printable ASCII characters")
+        self.headers = {"Authorization": f"Bearer {api_key}"} if api_key and not self.auth else {}
         self.timeout = timeout
         self.concurrency = concurrency
-        self.model = model or self._first_model()
+        self.model = model or self.endpoint.model or self._first_model()
         self._client: httpx.AsyncClient | None = None
         self._slots: asyncio.Semaphore | None = None
         self._logprobs = True
-        super().__init__(self.url, {"url": self.url, "model": self.model})
+        super().__init__(self.url, {"url": str(self.endpoint.at("")), "model": self.model})
 
     def describe(self) -> dict[str, str]:
         """The model's name: an endpoint does not say which weights it runs."""
@@ -308,11 +316,19 @@ class UrlJudge(Judge):
         import httpx
 
         try:
-            response = httpx.get(f"{self.url}/models", headers=self.headers, timeout=30)
-            response.raise_for_status()
-            return str(response.json()["data"][0]["id"])
+            response = httpx.get(
+                self.endpoint.at("/models"), headers=self.headers, auth=self.auth, timeout=30
+            )
+            if response.is_success:
+                return str(response.json()["data"][0]["id"])
+            why = f"status {response.status_code}"
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as e:
-            raise ConfigError(f"judge {self.url}: it does not say which model it serves: {e}") from None
+            why = str(e)
+        if why in ("status 401", "status 403"):
+            why += f"; set {KEY_VARIABLE} to its API key"
+        raise ConfigError(
+            f"judge {self.url}: it does not say which model it serves: {why}; or name one with {self.url}#MODEL"
+        )
 
     async def _ask(self, key: str, prompt: str, schema: AnswerSchema) -> CallEntry:
         body = {
@@ -328,7 +344,7 @@ class UrlJudge(Judge):
         if self._client is None or self._slots is None:
             import httpx
 
-            self._client = httpx.AsyncClient(headers=self.headers, timeout=self.timeout)
+            self._client = httpx.AsyncClient(headers=self.headers, auth=self.auth, timeout=self.timeout)
             self._slots = asyncio.Semaphore(self.concurrency)
         async with self._slots:
             answer = await self._post(body)
@@ -357,7 +373,7 @@ class UrlJudge(Judge):
                 await asyncio.sleep(0.5 * 2**attempt)
             extra = {"logprobs": True, "top_logprobs": LOGPROBS} if self._logprobs else {}
             try:
-                response = await self._client.post(f"{self.url}/chat/completions", json=body | extra)
+                response = await self._client.post(self.endpoint.at("/chat/completions"), json=body | extra)
             except httpx.TimeoutException:
                 raise TimeoutError(f"judge {self.url}: no answer within {self.timeout:g} s") from None
             except httpx.HTTPError as e:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ragate import catalog
+from ragate.endpoint import KEY_VARIABLE, is_url
 from ragate.errors import ConfigError
 from ragate.files import write_whole
 from ragate.gate.baseline import (
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from ragate.config import Settings
     from ragate.evaluate import Event, Timings
     from ragate.journal import Journal
-    from ragate.judge import Judge
+    from ragate.judge import Judge, UrlJudge
     from ragate.testset import TestSet
 
 Say = Callable[[str, int, int], None]
@@ -95,9 +97,12 @@ def run_suite(settings: Settings, say: Say, on_event: Callable[[Event], None]) -
     # before the judging: a broken baseline is not to be found out minutes later
     baseline = load_baseline(path) if path.exists() else None
 
+    # before the run folder: a mistyped judge leaves nothing behind
+    judge = _named_judge(settings, say)
+
     with ExitStack() as stack:
         journal = stack.enter_context(Journal.open(folder / "journal.jsonl"))
-        run, timings = _evaluate(settings, testset, journal, say, on_event, stack)
+        run, timings = _evaluate(settings, testset, judge, journal, say, on_event, stack)
         save_run(run, folder / "run.json")
         write_whole(folder / "timings.json", timings.model_dump_json(indent=1) + "\n")
         costs: dict[str, object] = timings.model_dump()
@@ -106,9 +111,23 @@ def run_suite(settings: Settings, say: Say, on_event: Callable[[Event], None]) -
     return Outcome(run, gate, baseline, path, costs, written)
 
 
+def _named_judge(settings: Settings, say: Say) -> UrlJudge | catalog.JudgeChoice:
+    """The judge that the settings name: an endpoint that is there, or a model, fetched but not yet loaded."""
+    if is_url(settings.judge):
+        from ragate.judge import UrlJudge
+
+        return UrlJudge(settings.judge, api_key=os.environ.get(KEY_VARIABLE))
+    return catalog.resolve_judge(
+        settings.judge,
+        settings.device,
+        progress=lambda done, total: say("fetching the judge", done, total),
+    )
+
+
 def _evaluate(
     settings: Settings,
     testset: TestSet,
+    named: UrlJudge | catalog.JudgeChoice,
     journal: Journal,
     say: Say,
     on_event: Callable[[Event], None],
@@ -136,21 +155,14 @@ def _evaluate(
         )
         stack.callback(target.close)
     note = None
-    if settings.judge.startswith(("http://", "https://")):
-        from ragate.judge import UrlJudge
-
-        judge: Judge = UrlJudge(settings.judge)
-    else:
+    if isinstance(named, catalog.JudgeChoice):
         from ragate.judge import EngineJudge
 
-        choice = catalog.resolve_judge(
-            settings.judge,
-            settings.device,
-            progress=lambda done, total: say("fetching the judge", done, total),
-        )
-        engine = session.open_engine(choice.path, lambda done, total: say("loading the judge", done, total))
-        judge = EngineJudge(engine, choice.name or str(choice.path))
-        note = choice.note
+        engine = session.open_engine(named.path, lambda done, total: say("loading the judge", done, total))
+        judge: Judge = EngineJudge(engine, named.name or str(named.path))
+        note = named.note
+    else:
+        judge = named
     embeddings = None
     if any(metric.embeds for metric in metrics):
         from ragate.embeddings import MiniLM

@@ -10,10 +10,12 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 from fake_engine import FakeEngine
@@ -438,6 +440,48 @@ def test_a_full_disk_while_a_result_is_written_leaves_the_old_file(
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
+class OneJudge(BaseHTTPRequestHandler):
+    """An endpoint that finds every context useful; it notes who asks."""
+
+    seen: ClassVar[list[tuple[str, str | None]]] = []
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.seen.append((body["model"], self.headers["Authorization"]))
+        message = {"content": '{"reason":"because","verdict":1}'}
+        data = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.mark.parametrize("user", ["", "me:secret@"])
+def test_a_judge_by_url_is_asked_with_its_key_and_no_file_or_message_holds_a_secret(
+    ragate: Ragate, monkeypatch: pytest.MonkeyPatch, user: str
+) -> None:
+    monkeypatch.setenv("RAGATE_JUDGE_KEY", "secret-key")
+    monkeypatch.setattr(OneJudge, "seen", [])
+    with ThreadingHTTPServer(("127.0.0.1", 0), OneJudge) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        where = f"127.0.0.1:{server.server_port}/v1"
+        judge = ("--testset", write_items(), "--judge", f"http://{user}{where}#my-model")
+        ended = ragate("eval", "-q", *judge, "--metrics", "context_precision", "--update-baseline")
+        server.shutdown()
+    sent = "Basic bWU6c2VjcmV0" if user else "Bearer secret-key"
+    assert set(OneJudge.seen) == {("my-model", sent)}
+    assert load_run(Path(".ragate/cases")).judge == f"http://{where}"
+    doctor = ragate("doctor", *judge)
+    assert f"judge       http://{where}\n" in doctor.out
+    written = [path for folder in (".ragate", "baselines") for path in Path(folder).rglob("*.*")]
+    assert {"run.json", "comment.md", "report.html", "cases.json"} <= {path.name for path in written}
+    texts = [path.read_text() for path in written if path.is_file()]
+    assert not [text for text in (*ended[1:], *doctor[1:], *texts) if "secret" in text]
+
+
 # Bad input
 
 GOOD = json.dumps(ITEMS[0])
@@ -468,6 +512,23 @@ def test_a_bad_test_set_is_one_sentence_with_file_line_and_field(
 ) -> None:
     Path("bad.jsonl").write_bytes(text.encode() if isinstance(text, str) else text)
     assert said in sentence(ragate("eval", "--testset", "bad.jsonl", "--metrics", "faithfulness"))
+    assert not Path(".ragate").exists()
+
+
+@pytest.mark.parametrize(
+    ("judge", "said"),
+    [
+        ("qwen-0.5", "no model is called 'qwen-0.5'; did you mean 'qwen-0.5b'?"),
+        ("nowhere/judge.gguf", "judge nowhere/judge.gguf: no such file or folder"),
+        ("all-minilm-l6-v2", "makes embeddings and cannot judge"),
+        ("http://127.0.0.1:9/v1", "judge http://127.0.0.1:9/v1: it does not say which model it serves"),
+        ("http://", "judge: not a URL"),
+    ],
+)
+def test_a_mistyped_judge_is_one_sentence_and_leaves_no_run_folder(
+    ragate: Ragate, judge: str, said: str
+) -> None:
+    assert said in sentence(ragate("eval", "-q", "--testset", write_items(), "--judge", judge))
     assert not Path(".ragate").exists()
 
 

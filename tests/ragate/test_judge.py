@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import math
 import re
@@ -430,7 +431,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self) -> None:
-        self.reply(200, {"data": [{"id": "tiny-judge"}]})
+        if self.server.statuses:
+            return self.reply(self.server.statuses.pop(0), {"error": "no"})
+        return self.reply(200, {"data": [{"id": "tiny-judge"}]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -584,6 +587,61 @@ def test_an_endpoint_that_cuts_an_answer_gives_a_truncated_call(endpoint: Endpoi
         ask_url(UrlJudge(endpoint.url, "m"))
 
 
-def test_an_endpoint_that_is_not_there_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"judge http://127\.0\.0\.1:9/v1"):
-        UrlJudge("http://127.0.0.1:9/v1")
+def test_an_endpoint_that_is_not_there_is_named_without_its_password() -> None:
+    with pytest.raises(ConfigError, match=r"judge http://127\.0\.0\.1:9/v1: it does not say") as refused:
+        UrlJudge("http://me:secret@127.0.0.1:9/v1?key=secret")
+    assert "secret" not in str(refused.value)
+
+
+def test_the_url_names_the_model_and_who_asks_and_is_shown_without_either(endpoint: Endpoint) -> None:
+    where = endpoint.url.removeprefix("http://")
+    judge = UrlJudge(f"http://me%40home:se%2Fcret@{where}/?version=2&key=secret#org/my-model", api_key="k")
+    ask_url(judge)
+    (body,) = endpoint.bodies
+    assert body["model"] == "org/my-model"
+    assert body["path"] == "/v1/chat/completions?version=2&key=secret"
+    assert body["auth"] == "Basic " + base64.b64encode(b"me@home:se/cret").decode()
+    assert judge.name == judge.url == endpoint.url
+    assert "secret" not in str([judge.describe(), judge.endpoint])
+    other = UrlJudge(f"http://me:changed@{where}?version=2&key=secret#org/my-model")
+    schema = answer_schema(ContextPrecisionOutput, "")
+    assert other.key("", schema) == judge.key("", schema)  # a new password makes no new judge
+
+
+def test_errors_of_an_endpoint_do_not_hold_its_password(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_wait(seconds: float) -> None:
+        pass
+
+    monkeypatch.setattr("ragate.judge.asyncio.sleep", no_wait)
+    url = endpoint.url.replace("http://", "http://me:secret@")
+    errors = []
+    endpoint.statuses = [401]
+    with pytest.raises(
+        ConfigError, match="status 401; set RAGATE_JUDGE_KEY to its API key; or name one"
+    ) as e:
+        UrlJudge(url)
+    errors.append(e.value)
+    for statuses in ([401], [500] * 4):
+        endpoint.statuses = statuses
+        with pytest.raises(JudgeError, match=rf"judge {endpoint.url}: ") as failed:
+            ask_url(UrlJudge(f"{url}#m"))
+        errors.append(failed.value)
+    assert not [error for error in errors if "secret" in str(error)]
+
+
+@pytest.mark.parametrize("url", ["http://me:sec/ret@host/v1", "http://", "http://[::1", "https:///v1"])
+def test_a_malformed_url_is_one_sentence_that_does_not_quote_it(url: str) -> None:
+    with pytest.raises(
+        ConfigError, match="judge: not a URL: write it as http://host:8000/v1#model"
+    ) as refused:
+        UrlJudge(url)
+    assert "sec" not in str(refused.value)
+
+
+def test_a_key_that_no_header_can_carry_is_refused_unseen() -> None:
+    with pytest.raises(ConfigError, match="RAGATE_JUDGE_KEY: not an API key") as refused:
+        UrlJudge("http://127.0.0.1:9/v1#m", api_key="secr\u00e9t")
+    assert "secr" not in str(refused.value)
+    assert UrlJudge("http://127.0.0.1:9/v1#m", api_key="k\n").headers == {"Authorization": "Bearer k"}
