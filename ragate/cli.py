@@ -82,9 +82,10 @@ def settings_of(flags: dict[str, Any]) -> Settings:
 @cli.command("eval")
 @settings_options
 @click.option("--update-baseline", is_flag=True, help="Make this run the baseline, whatever the verdict.")
+@click.option("--force", is_flag=True, help="With --update-baseline: even if it loses metrics.")
 @click.option("--format", "format_", type=FORMATS, default="text", help="What goes to stdout.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
-def eval_(update_baseline: bool, format_: str, quiet: bool, **flags: Any) -> int:
+def eval_(update_baseline: bool, force: bool, format_: str, quiet: bool, **flags: Any) -> int:
     """Score a test set, compare with the baseline, write the reports. Resumes by itself.
 
     Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 INVALID (or no baseline), 4 bad input, 130 interrupted.
@@ -96,7 +97,9 @@ def eval_(update_baseline: bool, format_: str, quiet: bool, **flags: Any) -> int
     progress = Progress(console(stderr=True), quiet=quiet)
     try:
         with progress:
-            outcome = run_suite(settings, progress.say, progress.on_event)
+            outcome = run_suite(
+                settings, progress.say, progress.on_event, replaces=update_baseline and not force
+            )
     except KeyboardInterrupt:
         folder = out_folder(settings, suite_of(settings))
         again = shlex.join(["ragate", *click.get_current_context().obj])
@@ -106,7 +109,7 @@ def eval_(update_baseline: bool, format_: str, quiet: bool, **flags: Any) -> int
         return EXIT_INTERRUPTED
     gate, baseline = outcome.gate, outcome.baseline
     if update_baseline:
-        baseline = keep_baseline(outcome.run, outcome.baseline_path)
+        baseline = keep_baseline(outcome.run, outcome.baseline_path, force=force)
         gate = verdict_of(settings, baseline, outcome.run)
         write_reports(outcome.written[0].parent, outcome.run, gate, baseline, outcome.timings)
     if format_ == "text":
@@ -210,13 +213,14 @@ def stored_run(run: Path | None) -> tuple[Run, Path, Settings]:
 @baseline.command("set")
 @RUN_ARGUMENT
 @click.option("--baseline", "path", type=click.Path(path_type=Path), help="Where to [baselines/SUITE.json].")
-def baseline_set(run: Path | None, path: Path | None) -> int:
+@click.option("--force", is_flag=True, help="Even if the baseline loses metrics.")
+def baseline_set(run: Path | None, path: Path | None, force: bool) -> int:
     """Make a stored run (default: the suite's last) the baseline."""
     from ragate.suite import baseline_of_suite, keep_baseline
 
     found, _, settings = stored_run(run)
     path = path or baseline_of_suite(settings, found.suite)
-    kept = keep_baseline(found, path)
+    kept = keep_baseline(found, path, force=force)
     means = ", ".join(f"{m} {found.mean(m) or 0:.3f}" for m in found.metrics)
     click.echo(f"wrote {path}: {len(kept.items)} items, {means}")
     click.echo("commit it, so that pull requests are compared with it")

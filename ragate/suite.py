@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ragate import catalog
 from ragate.endpoint import KEY_VARIABLE, is_url
-from ragate.errors import ConfigError
+from ragate.errors import BaselineError, ConfigError
 from ragate.files import write_whole
 from ragate.gate.baseline import (
     Baseline,
@@ -84,8 +84,12 @@ def load_suite(settings: Settings) -> TestSet:
     return testset
 
 
-def run_suite(settings: Settings, say: Say, on_event: Callable[[Event], None]) -> Outcome:
+def run_suite(
+    settings: Settings, say: Say, on_event: Callable[[Event], None], *, replaces: bool = False
+) -> Outcome:
     """Evaluate as `settings` say; writes run.json, timings.json, report.html and comment.md into the run folder.
+
+    A run that `replaces` the baseline is refused before the judging where the baseline has more metrics.
 
     Raises RagateError or EngineError with one sentence; KeyboardInterrupt after the journal is safe.
     """
@@ -97,6 +101,8 @@ def run_suite(settings: Settings, say: Say, on_event: Callable[[Event], None]) -
     # before the judging: a broken baseline is not to be found out minutes later
     baseline = load_baseline(path) if path.exists() else None
 
+    if replaces and baseline is not None:
+        refuse_fewer_metrics(baseline, settings.metrics, path)
     # before the run folder: a mistyped judge leaves nothing behind
     judge = _named_judge(settings, say)
 
@@ -240,8 +246,23 @@ def load_base(path: Path) -> Baseline:
     return load_baseline(path)
 
 
-def keep_baseline(run: Run, path: Path) -> Baseline:
-    """Make `run` the baseline at `path`. Raises BaselineError for a partial run."""
+def refuse_fewer_metrics(baseline: Baseline, metrics: tuple[str, ...], path: Path) -> None:
+    """Raise ConfigError where the baseline at `path` has metrics that a new one over `metrics` would lose."""
+    if lost := [metric for metric in baseline.metrics if metric not in metrics]:
+        raise ConfigError(
+            f"{path}: the baseline also has {', '.join(lost)}, which this run did not score and the gate would "
+            "no longer watch; score all its metrics, or replace it all the same with --force"
+        )
+
+
+def keep_baseline(run: Run, path: Path, *, force: bool = False) -> Baseline:
+    """Make `run` the baseline at `path`.
+
+    Raises BaselineError for a partial run, ConfigError where metrics would be lost and there is no `force`.
+    """
     baseline = make_baseline(run)
+    if not force and path.exists():
+        with suppress(BaselineError):  # a broken one is there to be replaced
+            refuse_fewer_metrics(load_baseline(path), run.metrics, path)
     save_baseline(baseline, path)
     return baseline

@@ -386,15 +386,44 @@ def test_metrics_that_were_asked_for_are_compared_alone_and_others_that_are_miss
     ragate("report", ".ragate/cases")
     assert "PASS" in Path(".ragate/cases/comment.md").read_text()
 
-    ragate("baseline", "set", ".ragate/cases")
+    before = Path("baselines/cases.json").read_bytes()
+    said = sentence(ragate("baseline", "set", ".ragate/cases"))
+    lost = "context_precision, context_recall, answer_relevance"
+    assert f"baselines/cases.json: the baseline also has {lost}, which this run did not score" in said
+    assert "with --force" in said
+    assert Path("baselines/cases.json").read_bytes() == before
+    assert ragate("baseline", "set", ".ragate/cases", "--force").code == 0
     ragate("report", "four")  # a metric that the baseline lacks is not passed over
     assert "is missing in the baseline" in Path("four/comment.md").read_text()
+
+
+def test_an_update_that_would_lose_metrics_is_refused_before_judging_unless_forced(
+    ragate: Ragate, fake_judge: tuple[str, ...]
+) -> None:
+    update = (*fake_judge, "--update-baseline", "--metrics")
+    both = "context_recall,faithfulness"
+    assert ragate(*update, both).code == 0
+    before = Path("baselines/cases.json").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "open_engine", lambda *_: pytest.fail("the judge was loaded"))
+        said = sentence(ragate(*update, "faithfulness"))
+    assert "baselines/cases.json: the baseline also has context_recall, which" in said
+    assert Path("baselines/cases.json").read_bytes() == before
+    assert ragate(*update, f"{both},context_precision").code == 0  # more is no loss
+    assert ragate(*update, "faithfulness", "--force").code == 0
+    assert json.loads(Path("baselines/cases.json").read_bytes())["metrics"] == ["faithfulness"]
+
+
+def test_an_unreadable_baseline_is_replaced_by_a_new_one(ragate: Ragate) -> None:
+    Path("base.json").write_text("<<<<<<< HEAD\n")
+    assert ragate("baseline", "set", store(good_run(12), "good"), "--baseline", "base.json").code == 0
+    assert ragate("baseline", "show", "base.json").code == 0
 
 
 def test_an_interrupted_eval_exits_130_and_says_how_to_go_on(
     ragate: Ragate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ragate.suite.run_suite", interrupted)
