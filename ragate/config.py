@@ -106,8 +106,6 @@ class Settings(BaseModel):
     """Seconds without any progress of judge and target after which a score is given up."""
     kv_gib: float | None = Field(None, gt=0, le=4096, allow_inf_nan=False)
     """GiB for the engine's KV blocks; by default 2 on a CPU, most of the free memory on a card."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    """Seed of whatever samples."""
     threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of the engine; by default one per core. Changes no score."""
 

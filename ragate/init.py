@@ -54,7 +54,6 @@ threshold_mode = "relative"
 # max_batch = 64
 # kv_gib = 2
 # threads = 4
-# seed = 0
 
 # What the target is called with: keyword arguments of a class, headers of a URL, input_key of a Runnable.
 # [target_options]

@@ -104,11 +104,11 @@ class Judge(InstructorBaseRagasLLM):  # type: ignore[misc]
 
     def describe(self) -> dict[str, str]:
         """Fingerprint material: what judged."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract
 
     def render(self, prompt: str) -> str:
         """The prompt as the model gets it, for the fingerprint's probes."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract
 
     def progress(self) -> int:
         """A number that grows while the judge works: if it stands still, the judge hangs."""
@@ -122,7 +122,7 @@ class Judge(InstructorBaseRagasLLM):  # type: ignore[misc]
         """Let go of what belongs to the running event loop."""
 
     async def _ask(self, key: str, prompt: str, schema: AnswerSchema) -> CallEntry:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract
 
     def generate(self, prompt: str, response_model: type[Output]) -> Output:
         """`agenerate` for callers without an event loop."""
@@ -442,7 +442,7 @@ class _Probe(InstructorBaseRagasLLM):  # type: ignore[misc]
         return response_model.model_validate(sample(schema.tree))
 
     def generate(self, prompt: str, response_model: type[Output]) -> Output:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract
 
 
 class _ProbeEmbedding(BaseRagasEmbedding):  # type: ignore[misc]

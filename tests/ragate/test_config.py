@@ -52,7 +52,6 @@ def test_the_defaults_are_the_documented_ones(tmp_path: Path) -> None:
         "max_batch": 64,
         "call_timeout": 600.0,
         "kv_gib": None,
-        "seed": 0,
         "threads": None,
         "root": ".",
         "origins": {},
@@ -62,13 +61,13 @@ def test_the_defaults_are_the_documented_ones(tmp_path: Path) -> None:
 def test_a_flag_wins_over_a_variable_over_the_file_over_the_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = "threshold = 0.1\nlimit = 1\nseed = 1\n"
+    text = "threshold = 0.1\nlimit = 1\nmax_batch = 1\n"
     monkeypatch.setenv("RAGATE_LIMIT", "2")
     monkeypatch.setenv("RAGATE_SEED", "2")
     monkeypatch.setenv("RAGATE_THREADS", "")
-    settings = load(tmp_path, text, seed=3, device=None)
-    assert (settings.threshold, settings.limit, settings.seed, settings.threads) == (0.1, 2, 3, None)
-    assert settings.origins == {"threshold": "ragate.toml", "limit": "RAGATE_LIMIT", "seed": "--seed"}
+    settings = load(tmp_path, text, max_batch=3, device=None)
+    assert (settings.threshold, settings.limit, settings.max_batch, settings.threads) == (0.1, 2, 3, None)
+    assert settings.origins == {"threshold": "ragate.toml", "limit": "RAGATE_LIMIT", "max_batch": "--max-batch"}
 
 
 def test_every_setting_has_a_text_and_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +89,6 @@ def test_every_setting_has_a_text_and_a_variable(tmp_path: Path, monkeypatch: py
         "max_batch": "8",
         "call_timeout": "9",
         "kv_gib": "0.5",
-        "seed": "4",
         "threads": "2",
     }
     assert set(values) == set(KEYS)
