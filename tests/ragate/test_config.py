@@ -67,7 +67,11 @@ def test_a_flag_wins_over_a_variable_over_the_file_over_the_default(
     monkeypatch.setenv("RAGATE_THREADS", "")
     settings = load(tmp_path, text, max_batch=3, device=None)
     assert (settings.threshold, settings.limit, settings.max_batch, settings.threads) == (0.1, 2, 3, None)
-    assert settings.origins == {"threshold": "ragate.toml", "limit": "RAGATE_LIMIT", "max_batch": "--max-batch"}
+    assert settings.origins == {
+        "threshold": "ragate.toml",
+        "limit": "RAGATE_LIMIT",
+        "max_batch": "--max-batch",
+    }
 
 
 def test_every_setting_has_a_text_and_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
