@@ -10,16 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import torch
 
 from ragate_engine import sampling
 from ragate_engine.blocks import BlockPool
-from ragate_engine.config import EngineConfig
+from ragate_engine.config import BLOCK_SIZE, EngineConfig
 from ragate_engine.errors import DeviceError, EngineClosedError, EngineError, GrammarError, PromptTooLongError
 from ragate_engine.grammar import Grammars
 from ragate_engine.request import Completion, Request, Row, SamplingParams, Status, TokenInfo, Usage
@@ -54,9 +54,6 @@ class Engine:
         )
         pool = BlockPool(self._runner.kv.num_blocks, self.config.prefix_cache)
         self._scheduler = Scheduler(pool, self.config.max_batch, self.config.max_step_tokens, self._usage)
-        self._grammars = (
-            Grammars(checkpoint.tokenizer, self._runner.vocab_size) if checkpoint.tokenizer else None
-        )
         self._ids = itertools.count()
         self._inbox: list[Request] = []
         self._wake = threading.Condition()
@@ -85,10 +82,15 @@ class Engine:
             raise EngineError("this model has no tokenizer: put tokenizer.json beside its weights")
         return self._checkpoint.tokenizer
 
+    @cached_property
+    def _grammars(self) -> Grammars:
+        """Made for the first schema: it walks the whole vocabulary, and a model may have no end token for it."""
+        return Grammars(self.tokenizer, self._runner.vocab_size)
+
     @property
     def max_len(self) -> int:
         """The longest sequence, prompt and answer together, in tokens."""
-        return min(self._runner.max_len, self._runner.kv.num_blocks * 16)
+        return min(self._runner.max_len, self._runner.kv.num_blocks * BLOCK_SIZE)
 
     def chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation by the model's chat template, ready for the assistant's turn.
@@ -111,9 +113,6 @@ class Engine:
         future: Future[Completion] = Future()
         request = Request(next(self._ids), list(prompt), len(prompt), params, future)
         if params.schema is not None:
-            with self._wake:
-                if self._grammars is None:
-                    self._grammars = Grammars(self.tokenizer, self._runner.vocab_size)
             request.grammar = self._grammars.start(params.schema)
         with self._wake:
             if self._failure is not None:
@@ -173,7 +172,7 @@ class Engine:
             while self._take_inbox():
                 self._step()
             self._fail_all(EngineClosedError("the engine was closed before this request was done"))
-        except Exception as e:
+        except BaseException as e:  # a panic in a native library too: every future must be resolved
             error = (
                 e
                 if isinstance(e, EngineError)
@@ -367,11 +366,3 @@ class Engine:
             self._inbox = []
         for request in [*self._scheduler.running, *self._scheduler.waiting]:
             self._fail(request, error)
-
-
-def generate(
-    engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, **kwargs: Any
-) -> list[Completion]:
-    """Complete all `prompts` at once and wait: a convenience for scripts and tests."""
-    futures = [engine.submit(prompt, params) for prompt in prompts]
-    return [future.result(**kwargs) for future in futures]

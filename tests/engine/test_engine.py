@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, wait
+from dataclasses import replace
 
 import pytest
 from models import PROMPTS, cached_model
@@ -14,6 +15,7 @@ from models import PROMPTS, cached_model
 from ragate_engine import (
     Completion,
     ConfigError,
+    DeviceError,
     Engine,
     EngineClosedError,
     EngineConfig,
@@ -23,6 +25,7 @@ from ragate_engine import (
     PromptTooLongError,
     SamplingParams,
 )
+from ragate_engine.weights import open_checkpoint
 
 VERDICT = json.dumps(
     {
@@ -216,6 +219,31 @@ def test_a_request_that_fails_does_not_take_its_neighbours_along() -> None:
         assert "\n" not in str(e.value)
         assert len(first.result(timeout=60).tokens) == 30
         assert len(last.result(timeout=60).tokens) == 5
+
+
+def test_a_native_panic_resolves_every_future(monkeypatch) -> None:
+    class Panic(BaseException):
+        """As pyo3 raises them: no Exception."""
+
+    def panic(plan: object) -> None:
+        raise Panic("inside a native library")
+
+    with load() as engine:
+        monkeypatch.setattr(engine._runner, "forward", panic)
+        future = engine.submit([5, 6, 7])
+        with pytest.raises(DeviceError, match="native library"):
+            future.result(timeout=60)
+        with pytest.raises(DeviceError):
+            engine.submit([5, 6, 7])
+
+
+def test_a_model_without_an_end_token_loads_and_refuses_only_schemas() -> None:
+    checkpoint = open_checkpoint(cached_model("smollm2-135m"))
+    endless = replace(checkpoint, tokenizer=replace(checkpoint.tokenizer, eos_ids=frozenset()))
+    with Engine(endless, EngineConfig(device="cpu")) as engine:
+        assert len(engine.submit([5, 6, 7], SamplingParams(max_tokens=2)).result(timeout=60).tokens) == 2
+        with pytest.raises(GrammarError, match="no end token"):
+            engine.submit([5], SamplingParams(schema=VERDICT))
 
 
 def test_forced_tokens_count_against_the_limit(engine: Engine) -> None:
