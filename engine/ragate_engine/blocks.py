@@ -82,6 +82,11 @@ class BlockPool:
             self._hash[block] = hash_
             self._by_hash[hash_] = block
 
+    def forget(self) -> None:
+        """Drop every cached prefix; blocks in use stay with those who hold them."""
+        self._by_hash.clear()
+        self._hash = [None] * self.num_blocks
+
     def release(self, blocks: Sequence[int]) -> None:
         """Give back one reference to each of a sequence's `blocks` (first to last)."""
         for block in reversed(blocks):

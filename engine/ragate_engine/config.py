@@ -114,29 +114,36 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How to run a model. None of these fields may change a single output bit but `device` and `dtype`."""
+    """How to run a model. None of these fields may change a single output bit but `device`, `dtype` and `kv_dtype`."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: float32 on a CPU, bfloat16 on a card."""
     max_len: int | None = None
     """Longest sequence in tokens; `None` is the model's own window."""
-    max_batch: int = 64
-    """Requests that run at once."""
-    max_step_tokens: int = 512
-    """Rows of one forward pass: the chunk size of prefill and the token budget of a step."""
+    max_batch: int | None = None
+    """Requests that run at once; `None` is 64 on a CPU, 1,024 on a card."""
+    max_step_tokens: int | None = None
+    """Rows of one forward pass: the chunk size of prefill and the token budget of a step. `None` is 512 on a CPU,
+    8,192 on a card."""
     kv_bytes: int | None = None
     """Bytes for KV blocks; `None` is 2 GiB on a CPU, most of the free memory on a card."""
+    kv_dtype: Literal["auto", "fp8_e4m3", "fp8_e5m2"] = "auto"
+    """`auto` keeps K and V in `dtype`. The 8-bit floats, on a card only, hold twice the tokens."""
     prefix_cache: bool = True
+    cuda_graphs: bool = True
+    """Replay the launches of a step as one graph (on a card)."""
+    overlap: bool | None = None
+    """Launch a step before the last one is read; `None`: on a card."""
     threads: int | None = None
     """CPU threads; `None` is one per core."""
     kernels: Literal["auto", "reference"] = "auto"
     """`reference` forces the plain torch kernels (for tests and for machines without a C compiler)."""
 
     def __post_init__(self) -> None:
-        if self.max_batch < 1:
+        if self.max_batch is not None and self.max_batch < 1:
             raise ConfigError(f"max_batch must be at least 1, got {self.max_batch}")
-        if self.max_step_tokens < BLOCK_SIZE:
+        if self.max_step_tokens is not None and self.max_step_tokens < BLOCK_SIZE:
             raise ConfigError(f"max_step_tokens must be at least {BLOCK_SIZE}, got {self.max_step_tokens}")
         if self.max_len is not None and self.max_len < BLOCK_SIZE:
             raise ConfigError(f"max_len must be at least {BLOCK_SIZE}, got {self.max_len}")

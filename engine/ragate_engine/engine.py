@@ -1,4 +1,4 @@
-"""`Engine`: the loop in its own thread. Plan, forward, settle, choose; completions come out as futures."""
+"""`Engine`: the loop in its own thread. Plan, launch, land the step before, choose; completions are futures."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from ragate_engine import sampling
 from ragate_engine.blocks import BlockPool
 from ragate_engine.config import BLOCK_SIZE, EngineConfig
 from ragate_engine.errors import DeviceError, EngineClosedError, EngineError, GrammarError, PromptTooLongError
 from ragate_engine.grammar import Grammars
-from ragate_engine.request import Completion, Request, Row, SamplingParams, Status, TokenInfo, Usage
+from ragate_engine.request import Completion, Request, SamplingParams, Status, TokenInfo, Usage
 from ragate_engine.runner import Runner
 from ragate_engine.scheduler import Scheduler
+from ragate_engine.steps import Flight
 from ragate_engine.weights import Checkpoint, open_checkpoint
 from ragate_engine.weights.tokenizer import Tokenizer
 
 VERSION = "1"
 """Raised when a change may alter output bits: it is part of the fingerprint."""
+
+Words = npt.NDArray[np.int32]
 
 
 class Engine:
@@ -50,10 +53,15 @@ class Engine:
         self._checkpoint = checkpoint
         self._runner = Runner(checkpoint, self.config, progress)
         self._usage = Usage(
-            seconds={"load": time.perf_counter() - started, "plan": 0.0, "forward": 0.0, "choose": 0.0}
+            seconds={"load": time.perf_counter() - started, "plan": 0, "launch": 0, "wait": 0, "choose": 0}
         )
         pool = BlockPool(self._runner.kv.num_blocks, self.config.prefix_cache)
-        self._scheduler = Scheduler(pool, self.config.max_batch, self.config.max_step_tokens, self._usage)
+        self._scheduler = Scheduler(
+            pool, self._runner.max_batch, self._runner.max_step_tokens, self._usage, self.max_len
+        )
+        self._flight: Flight | None = None
+        """The step that was launched and not yet read."""
+        self._forget_prefixes = False
         self._ids = itertools.count()
         self._inbox: list[Request] = []
         self._wake = threading.Condition()
@@ -144,6 +152,11 @@ class Engine:
         """Assert the invariants of pool and scheduler; call it when idle."""
         self._scheduler.check()
 
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix before the next step is planned: for benches."""
+        with self._wake:
+            self._forget_prefixes = True
+
     def close(self) -> None:
         """Stop the loop; requests that are not done get EngineClosedError. Safe to call twice."""
         with self._wake:
@@ -186,8 +199,17 @@ class Engine:
     def _take_inbox(self) -> bool:
         """Wait for work, move new requests to the scheduler, drop cancelled ones; False when closing."""
         with self._wake:
-            while not (self._inbox or self._closing or self._scheduler.running or self._scheduler.waiting):
+            while not (
+                self._inbox
+                or self._closing
+                or self._flight
+                or self._scheduler.running
+                or self._scheduler.waiting
+            ):
                 self._wake.wait()
+            if self._forget_prefixes:
+                self._scheduler.pool.forget()
+                self._forget_prefixes = False
             arrived, self._inbox = self._inbox, []
             for request in arrived:  # from here on the scheduler knows them, whatever happens
                 self._scheduler.add(request)
@@ -215,12 +237,17 @@ class Engine:
             self._fail(request, EngineError(f"this request failed: {type(e).__name__}: {e}"))
 
     def _step(self) -> None:
-        clock = time.perf_counter
+        """Plan and launch a step; land the one before it; then queue the choice of the new one's tokens.
+
+        What a grammar allows is known only when the token before has landed, so the choice is queued last. On the
+        device the forward pass runs meanwhile.
+        """
+        seconds, clock = self._usage.seconds, time.perf_counter
         t0 = clock()
         plan = self._scheduler.plan()
         t1 = clock()
-        self._usage.seconds["plan"] += t1 - t0
-        if not plan.rows:
+        seconds["plan"] += t1 - t0
+        if not plan.rows and self._flight is None:
             # nothing runs and the first in the queue does not fit: it never will
             if self._scheduler.waiting and not self._scheduler.running:
                 request = self._scheduler.waiting[0]
@@ -229,52 +256,78 @@ class Engine:
                 )
                 self._fail(request, error)
             return
-        rows, logits = self._runner.forward(plan)
-        self._scheduler.settle(plan)
-        t2 = clock()
-        if rows:
-            self._choose(rows, logits)
-        self._usage.steps += 1
-        self._usage.rows += plan.tokens
-        self._usage.seconds["forward"] += t2 - t1
-        self._usage.seconds["choose"] += clock() - t2
+        flight = None
+        if plan.rows:
+            flight = self._runner.steps.launch(plan)
+            self._scheduler.launched(plan)
+            self._usage.steps += 1
+            self._usage.rows += plan.tokens
+            seconds["launch"] += clock() - t1
+        self._land()
+        self._flight = flight
+        if flight is not None:
+            t2 = clock()
+            self._choose(flight)
+            seconds["choose"] += clock() - t2
+            if not self._runner.overlap:
+                self._land()
 
-    def _choose(self, rows: list[Row], logits: torch.Tensor) -> None:
-        """Pick the next token of each row's request, and end the requests that are complete."""
+    def _choose(self, flight: Flight) -> None:
+        """Queue the choice of the next token of each row whose request still wants one."""
+        masks: list[Words] = []
+        mask_of = [-1] * len(flight.rows)
+        flight.valid = [row.current for row in flight.rows]
         words = -(-self._runner.vocab_size // 32)
-        masks = np.full((len(rows), words), -1, np.int32)
-        for i, row in enumerate(rows):
-            with self._failing_alone(row.request):
-                if row.request.grammar is not None:
-                    row.request.grammar.fill_mask(masks[i])
-        bits = torch.from_numpy(masks).to(logits.device)
-        ops = self._runner.kernels
-        picked, lse = ops.pick(logits, bits)
-        count = min(max(row.request.params.logprobs for row in rows), logits.shape[1])
-        top_ids, top_logits = (t.tolist() for t in ops.likeliest(logits, bits, count)) if count else ([], [])
-        ids, sums = picked.tolist(), lse.tolist()
-        chosen = logits.gather(1, picked.long().clamp(min=0)[:, None])[:, 0].tolist()
-        for i, row in enumerate(rows):
-            request, params = row.request, row.request.params
-            if request.done:  # its grammar failed just now
+        for i, row in enumerate(flight.rows):
+            request = row.request
+            if not flight.valid[i]:
+                if request.epoch == row.epoch:
+                    request.pending = 0  # what this row brings is not the next token any more
                 continue
+            if request.grammar is not None:
+                mask = np.zeros(words, np.int32)
+                with self._failing_alone(request):
+                    request.grammar.fill_mask(mask)
+                    mask_of[i] = len(masks)
+                    masks.append(mask)
+                flight.valid[i] = not request.done
+        allowed = np.stack(masks) if masks else np.empty((0, words), np.int32)
+        self._runner.steps.choose(flight, mask_of, allowed)
+
+    def _land(self) -> None:
+        """Read the step in flight, if there is one, and take its tokens."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        clock = time.perf_counter
+        t0 = clock()
+        chosen = self._runner.steps.read(flight)
+        t1 = clock()
+        self._usage.seconds["wait"] += t1 - t0
+        for i, row in enumerate(flight.rows):
+            if not (flight.valid[i] and row.current):
+                continue
+            request, params = row.request, row.request.params
+            request.pending = 0
+            token, lse = chosen.ids[i], chosen.lse[i]
             with self._failing_alone(request):
-                token = ids[i]
-                if not math.isfinite(sums[i]):
+                if not math.isfinite(lse):
                     raise EngineError("the model's output is not a number: its weights may be damaged")
                 if token < 0:
                     raise GrammarError("the grammar allows no token here")
-                if params.temperature > 0:
-                    values = logits[i].cpu().numpy()
-                    allowed = sampling.allowed_tokens(masks[i], len(values))
-                    token = sampling.sample(values, allowed, params, len(request.tokens))
                 logprob: float | None = None
                 top: tuple[tuple[str, float], ...] = ()
                 if params.logprobs:
-                    logprob = chosen[i] - sums[i] if token == ids[i] else float(logits[i, token]) - sums[i]
-                    best = zip(top_ids[i][: params.logprobs], top_logits[i], strict=False)
-                    top = tuple((self._token_text(t), value - sums[i]) for t, value in best if t >= 0)
+                    logprob = chosen.logits[i] - lse
+                    best = zip(chosen.top_ids[i].tolist(), chosen.top_logits[i].tolist(), strict=True)
+                    top = tuple(
+                        (self._token_text(t), value - lse)
+                        for t, value in itertools.islice(best, params.logprobs)
+                        if t >= 0
+                    )
                 self._accept(request, token, logprob, top)
+                self._scheduler.publish(request)
+        self._usage.seconds["choose"] += clock() - t1
 
     def _token_text(self, token: int) -> str:
         return (

@@ -8,6 +8,7 @@ import torch
 
 from ragate_engine.config import BLOCK_SIZE, ModelConfig
 from ragate_engine.errors import OutOfMemoryError
+from ragate_engine.kernels import LayerKV
 
 
 def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -28,7 +29,7 @@ class KVCache:
     ) -> None:
         self.num_blocks = num_blocks
         try:
-            self.layers: list[tuple[torch.Tensor, torch.Tensor]] = [
+            self.layers: list[LayerKV] = [
                 kernels.make_kv(num_blocks, config.num_kv_heads, config.head_dim, dtype, device)
                 for _ in range(config.num_layers)
             ]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ragate_engine.config import RopeConfig
+from ragate_engine.kernels import StepInputs
 from ragate_engine.quant.tensor import QuantTensor
 
 Weight = torch.Tensor | QuantTensor
@@ -22,7 +23,7 @@ def dense(weight: Weight, dtype: torch.dtype, device: torch.device) -> torch.Ten
 
 
 class Linear:
-    """One or more weights [out_i, in] stacked into one product: q, k and v, or gate and up, are read once."""
+    """One or more weights [out_i, in] stacked into one product: q, k and v are read once."""
 
     def __init__(
         self,
@@ -41,29 +42,66 @@ class Linear:
         self.bias = torch.cat([b.to(device=device, dtype=dtype) for b in biases]) if biases else None
         self.kernels = kernels
 
-    def __call__(self, x: torch.Tensor, wide: bool = False) -> torch.Tensor:
-        """[M, in] -> [M, sum of out], in float32 when `wide`."""
-        y: torch.Tensor = self.kernels.linear(x, self.packed, self.bias, wide)
+    def __call__(
+        self,
+        x: torch.Tensor,
+        rows: torch.Tensor | None,
+        wide: bool = False,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[M, in] -> [M, sum of out] (in `out` if given), in float32 when `wide`; `rows` as in `StepInputs`."""
+        if out is not None:
+            return self.kernels.linear(x, self.packed, self.bias, wide, rows, out)  # type: ignore[no-any-return]
+        y: torch.Tensor = self.kernels.linear(x, self.packed, self.bias, wide, rows)
+        return y
+
+
+class Gated:
+    """The gate and up weights [out, in] of an MLP as one product that ends in act(gate) * up."""
+
+    def __init__(
+        self,
+        gate: Weight,
+        up: Weight,
+        activation: str,
+        kernels: ModuleType,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.packed = kernels.pack_gated(dense(gate, dtype, device), dense(up, dtype, device))
+        self.activation = activation
+        self.kernels = kernels
+
+    def __call__(self, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """[M, in] -> [M, out]."""
+        y: torch.Tensor = self.kernels.gated(x, self.packed, self.activation, rows)
         return y
 
 
 class Embedding:
     """Token embeddings, kept as they were stored: only the rows of a step are dequantized."""
 
-    def __init__(self, weight: Weight, scale: float, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, weight: Weight, scale: float, kernels: ModuleType, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.scale = scale
         self.dtype = dtype
-        self.device = device
+        self.kernels = kernels
         # on a card a dense table is small change; in a CPU's memory it would be the largest tensor
-        self.weight = dense(weight, dtype, device) if device.type == "cuda" else weight
+        self.weight = (
+            weight
+            if device.type == "cpu" and isinstance(weight, QuantTensor)
+            else dense(weight, dtype, device)
+        )
 
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [M] -> [M, hidden], fresh storage."""
+    def __call__(self, ids: torch.Tensor, step: StepInputs) -> torch.Tensor:
+        """ids [M] -> [M, hidden], fresh storage; id -1 - i stands for `step.sampled[i]`."""
         if isinstance(self.weight, QuantTensor):
-            h = self.weight.rows(ids).dequantize(self.dtype)
-        else:
-            h = self.weight[ids].to(self.dtype)
-        return h * self.scale if self.scale != 1.0 else h
+            if step.sampled is not None:
+                ids = torch.where(ids < 0, step.sampled[(-1 - ids).clamp(min=0)].to(ids.dtype), ids)
+            return self.weight.rows(ids).dequantize(self.dtype) * self.scale
+        h: torch.Tensor = self.kernels.embed(ids, self.weight, self.scale, step)
+        return h
 
 
 def rope_tables(

@@ -8,9 +8,9 @@ from types import ModuleType
 import torch
 
 from ragate_engine.config import ModelConfig
-from ragate_engine.kernels import HeadShape, StepInputs
+from ragate_engine.kernels import HeadShape, LayerKV, StepInputs
 from ragate_engine.kv import KVCache
-from ragate_engine.layers import Embedding, Linear, Weight, dense, rope_tables
+from ragate_engine.layers import Embedding, Gated, Linear, Weight, dense, rope_tables
 
 Load = Callable[[str], Weight]
 Tables = tuple[torch.Tensor, torch.Tensor]
@@ -43,7 +43,7 @@ class Layer:
         self.config = config
         self.qkv = linear("q", "k", "v", bias=config.qkv_bias)
         self.o = linear("o")
-        self.gate_up = linear("gate", "up")
+        self.gated = Gated(weight("gate"), weight("up"), config.activation, kernels, dtype, device)
         self.down = linear("down")
         self.attn_norm, self.mlp_norm = vector("attn_norm"), vector("mlp_norm")
         self.q_norm = vector("q_norm") if config.qk_norm else None
@@ -60,21 +60,21 @@ class Layer:
         h: torch.Tensor,
         delta: torch.Tensor | None,
         step: StepInputs,
-        kv: tuple[torch.Tensor, torch.Tensor],
+        kv: LayerKV,
     ) -> torch.Tensor:
         """h [M, hidden] is updated in place (it takes in `delta`); returns what the next norm must add to it."""
-        ops, eps = self.kernels, self.config.norm_eps
-        qkv = self.qkv(ops.rms_norm(h, delta, self.attn_norm, eps))
-        ops.rope_write_kv(qkv, self.q_norm, self.k_norm, eps, self.cos, self.sin, step, *kv, self.shape)
-        out = self.o(
-            ops.attention(qkv, *kv, step, self.shape, self.scale, self.window, self.config.attn_soft_cap)
+        ops, eps, rows = self.kernels, self.config.norm_eps, step.rows
+        qkv = self.qkv(ops.rms_norm(h, delta, self.attn_norm, eps, rows), rows)
+        ops.rope_write_kv(qkv, self.q_norm, self.k_norm, eps, self.cos, self.sin, step, kv, self.shape)
+        attended = ops.attention(
+            qkv, kv, step, self.shape, self.scale, self.window, self.config.attn_soft_cap
         )
+        out = self.o(attended, rows)
         if self.attn_post_norm is not None:
-            out = ops.rms_norm(out, None, self.attn_post_norm, eps)
-        gate_up = self.gate_up(ops.rms_norm(h, out, self.mlp_norm, eps))
-        out = self.down(ops.act_mul(gate_up, self.config.activation))
+            out = ops.rms_norm(out, None, self.attn_post_norm, eps, rows)
+        out = self.down(self.gated(ops.rms_norm(h, out, self.mlp_norm, eps, rows), rows), rows)
         if self.mlp_post_norm is not None:
-            out = ops.rms_norm(out, None, self.mlp_post_norm, eps)
+            out = ops.rms_norm(out, None, self.mlp_post_norm, eps, rows)
         return out
 
 
@@ -99,22 +99,24 @@ class Decoder:
         for i in range(config.num_layers):
             self.layers.append(Layer(i, config, load, tables[config.rope_of(i)], kernels, dtype, device))
             progress(i + 1, config.num_layers + 1)
-        self.embedding = Embedding(load("embed"), config.embed_scale, dtype, device)
+        self.embedding = Embedding(load("embed"), config.embed_scale, kernels, dtype, device)
         self.final_norm = dense(load("final_norm"), dtype, device).contiguous()
         head = load("embed" if config.tie_embeddings else "lm_head")
         self.head = Linear([head], [], kernels, dtype, device)
         progress(config.num_layers + 1, config.num_layers + 1)
 
-    def forward(self, ids: torch.Tensor, step: StepInputs, kv: KVCache, wanted: torch.Tensor) -> torch.Tensor:
-        """ids [M], rows `wanted` [W] of them -> float32 logits [W, vocab]."""
-        h = self.embedding(ids)
+    def forward(
+        self, ids: torch.Tensor, step: StepInputs, kv: KVCache, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """ids [M] -> float32 logits [W, vocab] of the rows `step.wanted`, in `out` where that is given."""
+        h = self.embedding(ids, step)
         delta: torch.Tensor | None = None
         for layer, cache in zip(self.layers, kv.layers, strict=True):
             delta = layer(h, delta, step, cache)
         assert delta is not None
-        if not len(wanted):  # a chunk in the middle of a prompt
+        if not len(step.wanted):  # a chunk in the middle of a prompt
             return torch.empty(0, self.config.vocab_size, device=h.device)
-        last = self.kernels.rms_norm(h[wanted], delta[wanted], self.final_norm, self.config.norm_eps)
-        logits = self.head(last, wide=True)
+        last = self.kernels.last_norm(h, delta, self.final_norm, self.config.norm_eps, step)
+        logits = self.head(last, step.wanted_rows, wide=True, out=out)
         cap = self.config.logit_soft_cap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)

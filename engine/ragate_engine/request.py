@@ -104,6 +104,15 @@ class Request:
     future: Future[Completion]
     status: Status = Status.WAITING
     computed: int = 0
+    """Tokens whose KV is in blocks, or will be by the steps that were launched."""
+    pending: int = 0
+    """Sampled tokens that a launched step will bring: 0 or 1."""
+    epoch: int = 0
+    """Raised by a preemption: what steps of an earlier epoch bring is dropped (it will come again, the same)."""
+    slot: int = -1
+    """Its place among the running requests; -1 while it waits."""
+    committed: int = 0
+    """Full blocks that were offered to the prefix cache."""
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     """Chain hash of each full block of `tokens`, as far as it has been worked out."""
@@ -126,22 +135,30 @@ class Request:
 
     @property
     def missing(self) -> int:
-        """Tokens wanted but not computed."""
-        return len(self.tokens) - self.computed
+        """Tokens wanted but not computed, one that is still being sampled included."""
+        return len(self.tokens) + self.pending - self.computed
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Row:
     """A request's share of one step: compute tokens [start, start + count)."""
 
     request: Request
     start: int
     count: int
+    wants_logits: bool
+    """The step reaches the last wanted token, so that the next one can be chosen."""
+    epoch: int
 
     @property
-    def wants_logits(self) -> bool:
-        """True where the step reaches the last wanted token, so that the next one can be chosen."""
-        return self.start + self.count == len(self.request.tokens)
+    def current(self) -> bool:
+        """Whether a token chosen after this row is still the next one of its request."""
+        request = self.request
+        return (
+            request.status is Status.RUNNING
+            and request.epoch == self.epoch
+            and self.start + self.count == len(request.tokens)
+        )
 
 
 @dataclass(frozen=True)
@@ -173,5 +190,13 @@ class Usage:
     preemptions: int = 0
     rows_recomputed: int = 0
     """Rows computed again after a preemption."""
+    kv_slots_held: int = 0
+    """Slots (token places) of blocks in use, summed over the steps."""
+    kv_slots_unused: int = 0
+    """Of those, not holding a token."""
+    kv_slots_contiguous: int = 0
+    """What an allocator would hold that reserves prompt + max_tokens of every running request, shares nothing."""
+    kv_slots_contiguous_unused: int = 0
+    """Of those, not holding a token."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time by phase: plan, forward, sample, idle."""
+    """Wall time of the engine's thread by phase: load, plan, launch, wait (for the device), choose."""

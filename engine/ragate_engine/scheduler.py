@@ -9,18 +9,22 @@ from __future__ import annotations
 from collections import deque
 
 from ragate_engine.blocks import BlockPool, extend_hashes
-from ragate_engine.config import BLOCK_SIZE
+from ragate_engine.config import BLOCK_SIZE, MAX_LEN
 from ragate_engine.request import Request, Row, Status, StepPlan, Usage
 
 
 class Scheduler:
-    """Admits, budgets, chunks and preempts. `plan` chooses the rows of a step, `settle` records that they ran."""
+    """Admits, budgets, chunks and preempts. `plan` chooses the rows of a step, `launched` records that they run."""
 
-    def __init__(self, pool: BlockPool, max_batch: int, max_step_tokens: int, usage: Usage) -> None:
+    def __init__(
+        self, pool: BlockPool, max_batch: int, max_step_tokens: int, usage: Usage, max_len: int = MAX_LEN
+    ) -> None:
+        self.max_len = max_len
         self.pool = pool
         self.max_batch = max_batch
         self.max_step_tokens = max_step_tokens
         self.usage = usage
+        self._slots = list(range(max_batch))[::-1]
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
@@ -36,8 +40,8 @@ class Scheduler:
             if request.status is not Status.RUNNING:
                 continue  # preempted by an earlier row of this plan
             count = min(request.missing, budget)
-            if count and self._reserve(request, request.computed + count):
-                rows.append(Row(request, request.computed, count))
+            if count and not self._ending(request) and self._reserve(request, request.computed + count):
+                rows.append(self._row(request, count))
                 budget -= count
         # newcomers come after those that run, and never preempt them
         pending = {h for r in self.running for h in self._uncomputed(r)} if self.waiting else set()
@@ -51,34 +55,68 @@ class Scheduler:
                 break
             count = min(request.missing, budget)
             self._reserve(request, request.computed + count)
-            rows.append(Row(request, request.computed, count))
+            rows.append(self._row(request, count))
             budget -= count
             pending.update(self._uncomputed(request))
         return StepPlan(tuple(rows))
 
-    def settle(self, plan: StepPlan) -> None:
-        """The step has run: advance its requests and publish the blocks that it filled."""
+    def launched(self, plan: StepPlan) -> None:
+        """The step was queued on the device: advance its requests and publish the blocks that it fills.
+
+        Later steps run after it, so that they may read what it writes.
+        """
         for row in plan.rows:
             request = row.request
-            if request.status is not Status.RUNNING:
-                continue
             request.computed = row.start + row.count
-            extend_hashes(request.hashes, request.tokens)
-            for i in range(row.start // BLOCK_SIZE, request.computed // BLOCK_SIZE):
-                self.pool.commit(request.blocks[i], request.hashes[i])
+            request.pending = int(row.wants_logits)
+            self.publish(request)
+        self._count_slots()
+
+    def publish(self, request: Request) -> None:
+        """Offer the blocks of a running request that are full, and whose tokens are known, to the prefix cache."""
+        full = min(request.computed, len(request.tokens)) // BLOCK_SIZE
+        if request.committed >= full or request.status is not Status.RUNNING:
+            return
+        extend_hashes(request.hashes, request.tokens)
+        for i in range(request.committed, full):
+            self.pool.commit(request.blocks[i], request.hashes[i])
+        request.committed = full
 
     def finish(self, request: Request) -> None:
         """Take a request out, whatever its state, and give its blocks back."""
         if request.status is Status.RUNNING:
             self.running.remove(request)
+            self._slots.append(request.slot)
         elif request.status is Status.WAITING:
             self.waiting.remove(request)
         self._release(request)
+        request.slot, request.pending = -1, 0
         request.status = Status.FINISHED
 
     def check(self) -> None:
         """Assert that every block is held by exactly the requests that list it."""
         self.pool.check([request.blocks for request in self.running])
+
+    def _row(self, request: Request, count: int) -> Row:
+        wants_logits = request.computed + count == len(request.tokens) + request.pending
+        return Row(request, request.computed, count, wants_logits, request.epoch)
+
+    def _ending(self, request: Request) -> bool:
+        """Whether the token that is being sampled is the last one allowed, so that nothing comes after it."""
+        return bool(request.pending) and (
+            len(request.output) + 1 >= request.params.max_tokens or len(request.tokens) + 1 >= self.max_len
+        )
+
+    def _count_slots(self) -> None:
+        usage = self.usage
+        held = (self.pool.num_blocks - self.pool.free_blocks) * BLOCK_SIZE
+        reserved = sum(r.prompt_len + r.params.max_tokens for r in self.running)
+        written = sum(r.computed for r in self.running)
+        usage.kv_slots_held += held
+        # blocks that are shared are full: what is unused is in the last blocks, which are private
+        usage.kv_slots_unused += sum(len(r.blocks) for r in self.running) * BLOCK_SIZE - written
+        usage.kv_slots_contiguous += reserved
+        usage.kv_slots_contiguous_unused += max(0, reserved - written)
 
     def _uncomputed(self, request: Request) -> list[bytes]:
         """Hashes of the full blocks that a running request has yet to compute."""
@@ -102,6 +140,8 @@ class Scheduler:
             return False
         request.blocks = found
         request.computed = len(found) * BLOCK_SIZE
+        request.committed = len(found)
+        request.slot = self._slots.pop()
         if request.preempted:
             self.usage.rows_recomputed += request.rows_lost - request.computed
         else:
@@ -129,6 +169,8 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Back to the head of the queue: it keeps its tokens and computes them again, to the same bits."""
         self.running.remove(request)
+        self._slots.append(request.slot)
+        request.slot, request.pending, request.epoch = -1, 0, request.epoch + 1
         request.rows_lost = max(request.computed, request.rows_lost)
         request.preempted = True
         self._release(request)

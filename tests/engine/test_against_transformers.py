@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,12 +64,15 @@ def logits_of(folder: Path, tokens: list[int], kernels: str) -> torch.Tensor:
     request.blocks = list(range(-(-len(tokens) // 16)))
     forward = runner.decoder.forward
 
-    def every_row(ids: torch.Tensor, step: StepInputs, kv, wanted: torch.Tensor) -> torch.Tensor:
-        return forward(ids, step, kv, torch.arange(len(ids)))
+    found = []
+
+    def every_row(ids: torch.Tensor, step: StepInputs, kv, out: torch.Tensor | None = None) -> torch.Tensor:
+        found.append(forward(ids, replace(step, wanted=torch.arange(len(ids))), kv))
+        return found[0]
 
     runner.decoder.forward = every_row  # type: ignore[method-assign]
-    _, logits = runner.forward(StepPlan((Row(request, 0, len(tokens)),)))
-    return logits
+    runner.steps.launch(StepPlan((Row(request, 0, len(tokens), True, 0),)))
+    return found[0]
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])

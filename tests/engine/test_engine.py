@@ -106,12 +106,15 @@ def test_bits_do_not_depend_on_batch_chunk_cache_or_preemption(engine: Engine) -
         "no prefix cache": {"prefix_cache": False},
         "preempted": {"kv_bytes": small_pool, "max_len": 640},
         "one thread": {"threads": 1},
+        "a step ahead": {"overlap": True},
+        "a step ahead, preempted": {"overlap": True, "kv_bytes": small_pool, "max_len": 640},
+        "a step ahead, chunks of 32": {"overlap": True, "max_batch": 8, "max_step_tokens": 32},
     }.items():
         with load(**settings) as other:
             futures = [other.submit(*request) for request in requests]
             together = [f.result(timeout=300) for f in futures]
             other.check()
-            if name == "preempted":
+            if "preempted" in name:
                 assert other.usage().preemptions > 0
         assert [(c.text, c.tokens, c.finish) for c in together] == bare, name
     # and the cache was really warm the first time
@@ -229,7 +232,7 @@ def test_a_native_panic_resolves_every_future(monkeypatch) -> None:
         raise Panic("inside a native library")
 
     with load() as engine:
-        monkeypatch.setattr(engine._runner, "forward", panic)
+        monkeypatch.setattr(engine._runner.steps, "launch", panic)
         future = engine.submit([5, 6, 7])
         with pytest.raises(DeviceError, match="native library"):
             future.result(timeout=60)

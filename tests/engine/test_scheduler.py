@@ -19,7 +19,7 @@ def request(number: int, tokens: list[int], wanted: int = 1) -> Request:
 
 
 def run_to_end(scheduler: Scheduler, limit: int = 10_000) -> list[list[tuple[int, int, int]]]:
-    """Play the engine: settle each plan, append a token where logits are wanted, finish at max_tokens."""
+    """Play the engine: launch each plan, append a token where logits are wanted, finish at max_tokens."""
     history = []
     while scheduler.running or scheduler.waiting:
         plan = scheduler.plan()
@@ -27,10 +27,11 @@ def run_to_end(scheduler: Scheduler, limit: int = 10_000) -> list[list[tuple[int
         assert plan.tokens <= scheduler.max_step_tokens
         assert len(scheduler.running) <= scheduler.max_batch
         history.append([(row.request.id, row.start, row.count) for row in plan.rows])
-        scheduler.settle(plan)
+        scheduler.launched(plan)
         scheduler.check()
         for row in plan.rows:
-            if row.wants_logits:
+            if row.wants_logits and row.current:
+                row.request.pending = 0
                 row.request.tokens.append(row.request.id)
                 if len(row.request.tokens) - row.request.prompt_len >= row.request.params.max_tokens:
                     scheduler.finish(row.request)

@@ -3,12 +3,16 @@
 Backends: `reference` (plain torch, any device: the oracle), `cpu` (one C file), `triton` (NVIDIA). Each has
 
     pack_linear(weight) -> Packed                  prepare a [out, in] weight once
-    linear(x, packed, bias, wide) -> y             [M, in] -> [M, out], float32 when wide
-    rms_norm(h, x, weight, eps) -> y               h += x (unless None), then normalize; h is updated in place
+    linear(x, packed, bias, wide, rows) -> y       [M, in] -> [M, out], float32 when wide
+    pack_gated(gate, up) -> Packed                 prepare the two weights of a gated MLP once
+    gated(x, packed, activation, rows) -> y        act(x gate^T) * (x up^T): [M, in] -> [M, out]
+    embed(ids, table, scale, step) -> h            rows of the table, fresh storage
+    rms_norm(h, x, weight, eps, rows) -> y         h += x (unless None), then normalize; h is updated in place
+    last_norm(h, x, weight, eps, step) -> y        the same for the rows whose logits are wanted: [W, hidden]
     make_kv(blocks, kv_heads, head_dim, ...)       the K and V cache of one layer, in the backend's own layout
-    rope_write_kv(qkv, ..., step, k, v, shape)     normalize and turn q and k in place, write k and v to their slots
-    attention(qkv, k, v, step, shape, ...) -> out  causal paged attention
-    act_mul(x, activation) -> y                    act(gate) * up
+    rope_write_kv(qkv, ..., step, kv, shape)       normalize and turn q and k in place, write k and v to their slots
+    plan_attention(...) -> work                    on the host: which rows read which KV together
+    attention(qkv, kv, step, shape, ...) -> out    causal paged attention
     pick(logits, mask) -> (ids, lse)               likeliest allowed token (lowest id among equals), log-sum-exp
     likeliest(logits, mask, n) -> (ids, logits)    the n likeliest allowed tokens
 
@@ -19,6 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,24 +38,42 @@ class HeadShape:
     rotary_dim: int
 
 
+class LayerKV(NamedTuple):
+    """The KV cache of one layer. With an 8-bit cache a stored k (or v) times its head's scale is the value."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_scale: torch.Tensor | None = None
+    """float32 [kv_heads], or `None` where the cache holds the values themselves."""
+    v_scale: torch.Tensor | None = None
+
+
 @dataclass(frozen=True)
 class StepInputs:
-    """What a step's rows are, as int32 tensors on the device. M rows, R requests, B blocks in the widest table."""
+    """What a step's rows are, as int32 tensors on the device. M rows, R requests, B blocks in the widest table.
+
+    On a card the tensors are views of one plan buffer, padded to the bucket of a CUDA graph; `rows` and
+    `wanted_rows` then say how many are real, and padded rows have slot -1, position 0 and token 0.
+    """
 
     positions: torch.Tensor
     """[M] absolute position of each row in its sequence."""
     slots: torch.Tensor
-    """[M] where its K and V go: block * 16 + offset."""
+    """[M] where its K and V go: block * 16 + offset; -1 is nowhere."""
     row_table: torch.Tensor
     """[M] index of its block table."""
     tables: torch.Tensor
     """[R, B] block tables, padded with 0."""
-    groups: torch.Tensor
-    """[n, 3] rows read together: (first row, rows, leading blocks they share and that are full for all of them)."""
-    singles: int
-    """Leading rows that are one new token of a request each."""
-    single_groups: int
-    """Leading groups that hold those rows; the others are pieces of up to 16 tokens of one request."""
+    work: Any
+    """What `plan_attention` of the same backend made of the step."""
+    wanted: torch.Tensor
+    """[W] rows whose logits are wanted."""
+    rows: torch.Tensor | None = None
+    """[1] how many rows are real; `None` where all are."""
+    wanted_rows: torch.Tensor | None = None
+    """[1] how many of `wanted` are real; `None` where all are."""
+    sampled: torch.Tensor | None = None
+    """[running requests] the token each sampled last: an id of -1 - i stands for its entry i."""
 
 
 def choose(device: torch.device, wanted: str) -> tuple[ModuleType, str]:

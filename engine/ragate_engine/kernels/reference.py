@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
 from ragate_engine.config import BLOCK_SIZE
-from ragate_engine.kernels import HeadShape, StepInputs
+from ragate_engine.kernels import HeadShape, LayerKV, StepInputs
 
 NAME = "reference-1"
 ROWS = 64
@@ -37,10 +39,16 @@ def pack_linear(weight: torch.Tensor) -> Packed:
     return Packed(weight.contiguous(), weight.shape[0], False)
 
 
-def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, wide: bool = False) -> torch.Tensor:
+def linear(
+    x: torch.Tensor,
+    packed: Packed,
+    bias: torch.Tensor | None,
+    wide: bool = False,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
     """y [M, out] = x [M, in] W^T + bias, in tiles of exactly 64 rows; in float32 when `wide`, else in x's dtype."""
-    rows = x.shape[0]
-    padded = F.pad(x, (0, 0, 0, -rows % ROWS))
+    height = x.shape[0]
+    padded = F.pad(x, (0, 0, 0, -height % ROWS))
     tiles = []
     for tile in padded.split(ROWS):
         if packed.prepacked:
@@ -48,11 +56,34 @@ def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, wide: boo
         else:
             y = F.linear(tile.float(), packed.weight.float()) if wide else F.linear(tile, packed.weight)
         tiles.append(y)
-    y = torch.cat(tiles)[:rows] if len(tiles) > 1 else tiles[0][:rows]
+    y = torch.cat(tiles)[:height] if len(tiles) > 1 else tiles[0][:height]
     return y if bias is None else y + bias
 
 
-def rms_norm(h: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def pack_gated(gate: torch.Tensor, up: torch.Tensor) -> Packed:
+    """Prepare the gate and up weights [out, in] of an MLP."""
+    return pack_linear(torch.cat([gate, up]))
+
+
+def gated(x: torch.Tensor, packed: Packed, activation: str, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """act(x gate^T) * (x up^T): [M, in] -> [M, out]."""
+    return act_mul(linear(x, packed, None), activation)
+
+
+def embed(ids: torch.Tensor, table: torch.Tensor, scale: float, step: StepInputs) -> torch.Tensor:
+    """ids [M] -> rows of `table` [vocab, hidden] times `scale`, fresh storage; id -1 - i is `step.sampled[i]`."""
+    if step.sampled is not None:
+        ids = torch.where(ids < 0, step.sampled[(-1 - ids).clamp(min=0)].to(ids.dtype), ids)
+    return table[ids.clamp(min=0)] * scale
+
+
+def rms_norm(
+    h: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
     """h [M, D] += x [M, D] unless None; returns h / rms(h) * weight (Zhang & Sennrich 2019), float32 inside."""
     if x is not None:
         h += x
@@ -60,12 +91,22 @@ def rms_norm(h: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor, eps:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(h.dtype)
 
 
-def make_kv(
-    blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of one layer, each [blocks, 16, kv_heads, head_dim]."""
-    shape = (blocks, BLOCK_SIZE, kv_heads, head_dim)
-    return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+def last_norm(
+    h: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, step: StepInputs
+) -> torch.Tensor:
+    """`rms_norm` of h + x for the rows whose logits are wanted: [W, hidden]."""
+    wanted = step.wanted.long()
+    return rms_norm(h[wanted], x[wanted], weight, eps)
+
+
+def make_kv(blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> LayerKV:
+    """K and V of one layer, each [blocks, kv_heads, 16, head_dim]; with scales of 1 where they are 8-bit floats."""
+    shape = (blocks, kv_heads, BLOCK_SIZE, head_dim)
+    k, v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+    if dtype.itemsize > 1:
+        return LayerKV(k, v)
+    ones = torch.ones(kv_heads, device=device)
+    return LayerKV(k, v, ones, ones.clone())
 
 
 def rope_write_kv(
@@ -76,8 +117,7 @@ def rope_write_kv(
     cos: torch.Tensor,
     sin: torch.Tensor,
     step: StepInputs,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    kv: LayerKV,
     shape: HeadShape,
 ) -> None:
     """qkv [M, (heads + 2 kv_heads) head_dim]: norm and rotate q and k in place (rotate-half), write k, v to slots.
@@ -92,15 +132,24 @@ def rope_write_kv(
         a, b = x[..., : shape.rotary_dim].float().chunk(2, dim=-1)
         turned = torch.cat([a * c - b * s, b * c + a * s], dim=-1).to(qkv.dtype)
         part.copy_(torch.cat([turned, x[..., shape.rotary_dim :]], dim=-1))
-    slots = step.slots.long()
-    k_cache.view(-1, shape.kv_heads, shape.head_dim)[slots] = k.to(k_cache.dtype)
-    v_cache.view(-1, shape.kv_heads, shape.head_dim)[slots] = v.to(v_cache.dtype)
+    real = step.slots >= 0
+    slots = step.slots[real].long()
+    for cache, scale, fresh in ((kv.k, kv.k_scale, k), (kv.v, kv.v_scale, v)):
+        if scale is not None:
+            limit = torch.finfo(cache.dtype).max
+            fresh = (fresh.float() / scale[:, None]).clamp(-limit, limit)
+        cache[slots // BLOCK_SIZE, :, slots % BLOCK_SIZE] = fresh[real].to(cache.dtype)
+
+
+def plan_attention(
+    starts: npt.NDArray[np.int32], counts: npt.NDArray[np.int32], tables: npt.NDArray[np.int32]
+) -> None:
+    """Nothing to plan: rows are taken in their order."""
 
 
 def attention(
     qkv: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    kv: LayerKV,
     step: StepInputs,
     shape: HeadShape,
     scale: float,
@@ -133,8 +182,10 @@ def attention(
             blocks = table[first // BLOCK_SIZE : (first + CHUNK) // BLOCK_SIZE]
             blocks = F.pad(blocks, (0, CHUNK // BLOCK_SIZE - len(blocks)))
             keys = torch.arange(first, first + CHUNK, device=q.device)
-            k = k_cache[blocks].flatten(0, 1).permute(1, 2, 0).float()
-            v = v_cache[blocks].flatten(0, 1).permute(1, 0, 2).float()
+            k = kv.k[blocks].float().permute(1, 3, 0, 2).flatten(2)
+            v = kv.v[blocks].float().transpose(0, 1).flatten(1, 2)
+            if kv.k_scale is not None and kv.v_scale is not None:
+                k, v = k * kv.k_scale[:, None, None], v * kv.v_scale[:, None, None]
             v = v.masked_fill((keys > positions.max())[:, None], 0.0)  # unwritten slots may hold anything
             scores = torch.matmul(q, k)
             if soft_cap is not None:

@@ -19,13 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ragate_engine.config import BLOCK_SIZE
-from ragate_engine.kernels import HeadShape, StepInputs
+from ragate_engine.kernels import HeadShape, LayerKV, StepInputs
+from ragate_engine.kernels.reference import embed
 
 NAME = "cpu-1"
 SOURCE = Path(__file__).with_name("kernels.c")
+GROUP_ROWS = 16
+"""Rows that attention reads KV for together."""
+WORTH_SHARING = 8
+"""Leading blocks that single-token rows must have in common to be read together."""
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread"]
 
 
@@ -114,16 +120,38 @@ def pack_linear(weight: torch.Tensor) -> Packed:
     return Packed(padded.view(rows, BLOCK_SIZE, in_features).transpose(1, 2).contiguous(), out_features)
 
 
-def linear(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, wide: bool = False) -> torch.Tensor:
+def linear(
+    x: torch.Tensor,
+    packed: Packed,
+    bias: torch.Tensor | None,
+    wide: bool = False,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
     """y [M, out] = x [M, in] W^T + bias; always float32, so `wide` changes nothing."""
-    rows, in_features = x.shape
-    y = torch.empty(rows, packed.out_features)
-    _call("rg_linear", _ptr(x), _ptr(packed.panels), _ptr(bias), _ptr(y), c_long(rows), c_long(in_features),
+    height, in_features = x.shape
+    y = torch.empty(height, packed.out_features)
+    _call("rg_linear", _ptr(x), _ptr(packed.panels), _ptr(bias), _ptr(y), c_long(height), c_long(in_features),
           c_long(packed.out_features))  # fmt: skip
     return y
 
 
-def rms_norm(h: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def pack_gated(gate: torch.Tensor, up: torch.Tensor) -> Packed:
+    """Prepare the gate and up weights [out, in] of an MLP."""
+    return pack_linear(torch.cat([gate, up]))
+
+
+def gated(x: torch.Tensor, packed: Packed, activation: str, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """act(x gate^T) * (x up^T): [M, in] -> [M, out]."""
+    return act_mul(linear(x, packed, None), activation)
+
+
+def rms_norm(
+    h: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
     """h [M, D] += x [M, D] unless None; returns h / rms(h) * weight."""
     y = torch.empty_like(h)
     _call(
@@ -139,14 +167,19 @@ def rms_norm(h: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor, eps:
     return y
 
 
-def make_kv(
-    blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def last_norm(
+    h: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, step: StepInputs
+) -> torch.Tensor:
+    """`rms_norm` of h + x for the rows whose logits are wanted: [W, hidden]."""
+    return rms_norm(h[step.wanted], x[step.wanted], weight, eps)
+
+
+def make_kv(blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> LayerKV:
     """K [blocks, kv_heads, head_dim, 16] (a block's keys side by side) and V [blocks, kv_heads, 16, head_dim]."""
     # numpy's zeros take memory page by page as it is touched; torch's would touch all of it now
     k = np.zeros((blocks, kv_heads, head_dim, BLOCK_SIZE), np.float32)
     v = np.zeros((blocks, kv_heads, BLOCK_SIZE, head_dim), np.float32)
-    return torch.from_numpy(k), torch.from_numpy(v)
+    return LayerKV(torch.from_numpy(k), torch.from_numpy(v))
 
 
 def rope_write_kv(
@@ -157,20 +190,55 @@ def rope_write_kv(
     cos: torch.Tensor,
     sin: torch.Tensor,
     step: StepInputs,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    kv: LayerKV,
     shape: HeadShape,
 ) -> None:
     """qkv [M, (heads + 2 kv_heads) head_dim]: norm and rotate q and k in place, write k and v to their slots."""
     _call("rg_rope_write_kv", _ptr(qkv), _ptr(q_norm), _ptr(k_norm), _ptr(cos), _ptr(sin), _ptr(step.positions),
-          _ptr(step.slots), _ptr(k_cache), _ptr(v_cache), c_long(qkv.shape[0]), c_long(shape.heads),
+          _ptr(step.slots), _ptr(kv.k), _ptr(kv.v), c_long(qkv.shape[0]), c_long(shape.heads),
           c_long(shape.kv_heads), c_long(shape.head_dim), c_long(shape.rotary_dim), c_float(eps))  # fmt: skip
+
+
+def plan_attention(
+    starts: npt.NDArray[np.int32], counts: npt.NDArray[np.int32], tables: npt.NDArray[np.int32]
+) -> torch.Tensor:
+    """Rows to read KV for together: int32 [n, 3] of (first row, rows, leading blocks shared and full for all).
+
+    Requests come sorted: single tokens first, those with equal tables side by side; then chunks, which are cut into
+    pieces of 16 tokens. Grouping changes what is read how often, never a row's result.
+    """
+    groups: list[list[int]] = []
+    at = 0
+    lead = -1  # the table that the open group of single tokens is compared with; -1 where none is open
+    for i, (start, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
+        if count == 1:
+            full = (start + 1) // BLOCK_SIZE
+            if lead >= 0 and groups[-1][1] < GROUP_ROWS:
+                known = groups[-1][2]
+                equal = tables[lead, : min(known, full)] == tables[i, : min(known, full)]
+                shared = len(equal) if equal.all() else int(equal.argmin())
+                if shared >= WORTH_SHARING and 2 * shared >= known:
+                    groups[-1][1] += 1
+                    groups[-1][2] = shared
+                    at += 1
+                    continue
+            lead = i
+            groups.append([at, 1, full])
+        else:
+            lead = -1
+            first = start
+            while first < start + count:
+                # pieces end at multiples of 16 positions, so all but a piece's last block is full for all its rows
+                rows = min(start + count, (first // GROUP_ROWS + 1) * GROUP_ROWS) - first
+                groups.append([at + first - start, rows, (first + 1) // BLOCK_SIZE])
+                first += rows
+        at += count
+    return torch.tensor(groups, dtype=torch.int32)
 
 
 def attention(
     qkv: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    kv: LayerKV,
     step: StepInputs,
     shape: HeadShape,
     scale: float,
@@ -179,8 +247,8 @@ def attention(
 ) -> torch.Tensor:
     """Causal attention of each row over its own blocks: [M, heads * head_dim]; head_dim a multiple of 16."""
     out = torch.empty(qkv.shape[0], shape.heads * shape.head_dim)
-    _call("rg_attention", _ptr(qkv), _ptr(k_cache), _ptr(v_cache), _ptr(out), _ptr(step.positions),
-          _ptr(step.row_table), _ptr(step.tables), _ptr(step.groups), c_long(step.groups.shape[0]),
+    _call("rg_attention", _ptr(qkv), _ptr(kv.k), _ptr(kv.v), _ptr(out), _ptr(step.positions),
+          _ptr(step.row_table), _ptr(step.tables), _ptr(step.work), c_long(step.work.shape[0]),
           c_long(step.tables.shape[1]), c_long(shape.heads), c_long(shape.kv_heads), c_long(shape.head_dim),
           c_long(window or 0), c_float(scale), c_float(soft_cap or 0.0))  # fmt: skip
     return out

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import torch
+from ragate_engine.kernels.triton.attention import attention, make_kv
+from ragate_engine.kernels.triton.linear import gated, linear, pack_gated, pack_linear
+from ragate_engine.kernels.triton.pick import likeliest, pick
+from ragate_engine.kernels.triton.rope import rope_write_kv
+from ragate_engine.kernels.triton.rowwise import embed, last_norm, rms_norm
 
-from ragate_engine.kernels.reference import likeliest, make_kv
-from ragate_engine.kernels.triton.attention import attention
-from ragate_engine.kernels.triton.linear import linear
-from ragate_engine.kernels.triton.rowwise import act_mul, pick, rms_norm, rope_write_kv
-
-NAME = "triton-2"
+NAME = "triton-3"
 
 __all__ = [
     "NAME",
-    "act_mul",
     "attention",
+    "embed",
+    "gated",
+    "last_norm",
     "likeliest",
     "linear",
     "make_kv",
+    "pack_gated",
     "pack_linear",
     "pick",
     "rms_norm",
     "rope_write_kv",
 ]
-
-
-def pack_linear(weight: torch.Tensor) -> torch.Tensor:
-    """Prepare `weight` [out, in]: rows side by side."""
-    return weight.contiguous()

@@ -1,0 +1,293 @@
+"""`CardSteps`: steps on an NVIDIA card. One plan buffer in, one CUDA graph a step, one small copy out.
+
+A step's inputs travel as one int32 buffer: a header, fields per row at places fixed by the bucket (the padded number
+of rows), then attention items and block tables packed behind them. What a bucket launches is fixed, so that it is
+captured as a graph the second time it is met; how many rows are real is read by the kernels from the header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ragate_engine.config import BLOCK_SIZE, EngineConfig
+from ragate_engine.kernels import StepInputs
+from ragate_engine.kernels.triton import device
+from ragate_engine.kernels.triton.attention import Work
+from ragate_engine.kernels.triton.pick import (
+    ROW_WORDS,
+    PickWorkspace,
+    choose,
+    decode,
+    out_width,
+    pack_row,
+    padded_count,
+    sample,
+)
+from ragate_engine.kernels.triton.plan import ROWS, WANTED, AttentionPlan, order, pack, plan_attention
+from ragate_engine.kv import KVCache
+from ragate_engine.model import Decoder
+from ragate_engine.request import MAX_LOGPROBS, Row, StepPlan
+from ragate_engine.steps import Chosen, Flight, Ints, step_rows
+
+HEADER = 16
+FIELDS = 5
+"""ids, positions, slots, row_table, part_of."""
+BUCKETS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+MAX_PARTS = 16384
+"""Partial results of attention that there is room for; what needs more is not split."""
+
+
+@dataclass(eq=False)
+class CardFlight(Flight):
+    """A step on the card, and where its choice will be."""
+
+    ready: torch.cuda.Event
+    out: npt.NDArray[np.int32]
+
+
+class Pinned:
+    """Page-locked memory that the host writes and the card copies from: two of each, used in turn."""
+
+    def __init__(self, *shape: int) -> None:
+        self._tensors = [torch.empty(shape, dtype=torch.int32, pin_memory=True) for _ in range(2)]
+        self._copied = [torch.cuda.Event() for _ in range(2)]
+        self._turn = 0
+
+    def next(self) -> npt.NDArray[np.int32]:
+        """The buffer to fill; waits until the card has taken what was in it."""
+        self._turn ^= 1
+        self._copied[self._turn].synchronize()
+        array: npt.NDArray[np.int32] = self._tensors[self._turn].numpy()
+        return array
+
+    def send(self, to: torch.Tensor, lines: int) -> None:
+        """Queue the copy of the first `lines` of the buffer that `next` gave."""
+        to[:lines].copy_(self._tensors[self._turn][:lines], non_blocking=True)
+        self._copied[self._turn].record()
+
+
+class Shape(NamedTuple):
+    """What decides the launches of a forward pass: the key of its graph."""
+
+    bucket: int
+    has_small: bool
+    has_big: bool
+    has_parts: bool
+
+
+class CardSteps:
+    """Forward passes and choices, queued on one stream."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv: KVCache,
+        max_batch: int,
+        max_step_tokens: int,
+        max_len: int,
+        config: EngineConfig,
+    ) -> None:
+        self.decoder = decoder
+        self.kv = kv
+        model = decoder.config
+        card = torch.device("cuda")
+        self.buckets = [b for b in BUCKETS if b < max_step_tokens]
+        self.buckets.append(next(b for b in BUCKETS if b >= max_step_tokens))
+        self.most_wanted = -(-max_batch // 16) * 16
+        self.shape = decoder.layers[0].shape
+        self.use_graphs = config.cuda_graphs
+        self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[tuple[object, ...], torch.cuda.CUDAGraph | None] = {}
+
+        self.table_width = -(-max_len // BLOCK_SIZE)
+        self._tables = np.zeros((max_batch, self.table_width), np.int32)
+        self._filled = np.zeros(max_batch, np.int32)
+        self._owners: list[tuple[int, int]] = [(-1, -1)] * max_batch
+        chunks = -(-self.table_width // 16) + 1
+        largest = self.buckets[-1]
+        words = HEADER + FIELDS * largest + self.most_wanted
+        words += 8 * (max_batch * chunks + largest) + max_batch * self.table_width
+        self._plan = torch.empty(words, dtype=torch.int32, device=card)
+        self._plan_host = Pinned(words)
+        self._partials = torch.empty(
+            MAX_PARTS * self.shape.heads * (self.shape.head_dim + 2), dtype=torch.float32, device=card
+        )
+
+        vocab = model.vocab_size
+        self._logits = torch.empty(self.most_wanted, vocab, dtype=torch.float32, device=card)
+        self.sampled = torch.zeros(max_batch, dtype=torch.int32, device=card)
+        self._pick = PickWorkspace(self.most_wanted, vocab, card)
+        self._asked = torch.zeros(self.most_wanted, ROW_WORDS, dtype=torch.int32, device=card)
+        self._asked_host = Pinned(self.most_wanted, ROW_WORDS)
+        self._mask_words = -(-vocab // 32)
+        self._masks = torch.empty(self.most_wanted, self._mask_words, dtype=torch.int32, device=card)
+        self._masks_host: Pinned | None = None
+        self._out = torch.empty(self.most_wanted * out_width(MAX_LOGPROBS), dtype=torch.int32, device=card)
+        self._out_host = [torch.empty(self._out.shape, dtype=torch.int32, pin_memory=True) for _ in range(2)]
+        self._turn = 0
+        torch.cuda.synchronize()  # weights were loaded on another stream
+
+    # ---- forward ----
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> CardFlight:
+        """Queue the forward pass of a step."""
+        rows = plan.rows
+        starts = np.array([row.start for row in rows], np.int32)
+        counts = np.array([row.count for row in rows], np.int32)
+        tables = self._block_tables(rows)
+        turn = order(starts, counts, tables)
+        starts, counts, tables = starts[turn], counts[turn], tables[turn]
+        rows = tuple(rows[i] for i in turn.tolist())
+        ids, position, owner, last = step_rows(rows, starts, counts)
+        first = last + 1 - counts
+        attention = plan_attention(
+            first, starts, counts, tables, self.shape, device.programs(), MAX_PARTS
+        )
+        wanting = np.array([i for i, row in enumerate(rows) if row.wants_logits], np.int32)
+        M, W = len(ids), len(wanting)
+        bucket = next(b for b in self.buckets if b >= M)
+
+        buffer = self._plan_host.next()
+        buffer[:HEADER] = 0
+        buffer[ROWS], buffer[WANTED] = M, W
+        slots = tables[owner, position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+        at = HEADER
+        for field, padding in ((ids, 0), (position, 0), (slots, -1), (owner, 0), (attention.part_of, -1)):
+            buffer[at : at + M] = field
+            buffer[at + M : at + bucket] = padding
+            at += bucket
+        most = min(bucket, self.most_wanted)
+        buffer[at : at + W] = last[wanting]
+        buffer[at + W : at + most] = 0
+        used = pack(buffer, at + most, attention, tables)
+
+        with torch.cuda.stream(self.stream):
+            self._plan_host.send(self._plan, used)
+            key = Shape(bucket, len(attention.small) > 0, len(attention.big) > 0, attention.parts > 0)
+            with self._graph(key) as fresh:
+                if fresh:
+                    self._forward(key)
+        return CardFlight(
+            [rows[i] for i in wanting.tolist()], [], torch.cuda.Event(), np.empty((0, 0), np.int32)
+        )
+
+    def _forward(self, key: Shape) -> None:
+        """Launch the kernels of a pass over the plan buffer."""
+        bucket = key.bucket
+        fields = self._plan[HEADER : HEADER + FIELDS * bucket].view(FIELDS, bucket)
+        most = min(bucket, self.most_wanted)
+        wanted = self._plan[HEADER + FIELDS * bucket :][:most]
+        step = StepInputs(
+            positions=fields[1],
+            slots=fields[2],
+            row_table=fields[3],
+            tables=self._plan,
+            work=Work(self._plan, fields[4], self._partials, key.has_small, key.has_big, key.has_parts),
+            wanted=wanted,
+            rows=self._plan[ROWS : ROWS + 1],
+            wanted_rows=self._plan[WANTED : WANTED + 1],
+            sampled=self.sampled,
+        )
+        self.decoder.forward(fields[0], step, self.kv, out=self._logits[:most])
+
+    @contextmanager
+    def _graph(self, key: tuple[object, ...]) -> Iterator[bool]:
+        """Replay the graph of `key`; or yields True where its launches must be made: the first time they run as
+        they are (and are compiled), the second time they are captured."""
+        graph = self._graphs.get(key)
+        if graph is not None:
+            yield False
+            graph.replay()
+        elif not self.use_graphs or key not in self._graphs:
+            self._graphs[key] = None
+            yield True
+        else:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                yield True
+            self._graphs[key] = graph
+            graph.replay()
+
+    def _block_tables(self, rows: Sequence[Row]) -> Ints:
+        """Block tables [R, B] of the requests of `rows`, kept per place among the running and extended as they grow."""
+        widest = 1
+        places = []
+        for row in rows:
+            request = row.request
+            place, blocks = request.slot, request.blocks
+            owner = (request.id, request.epoch)
+            filled = self._filled[place]
+            if self._owners[place] != owner:
+                self._owners[place] = owner
+                filled = 0
+            if filled < len(blocks):
+                self._tables[place, filled : len(blocks)] = blocks[filled:]
+                self._filled[place] = len(blocks)
+            widest = max(widest, len(blocks))
+            places.append(place)
+        tables: Ints = self._tables[places, :widest]
+        return tables
+
+    # ---- choice ----
+
+    @torch.inference_mode()
+    def choose(self, flight: Flight, mask_of: Sequence[int], masks: Ints) -> None:
+        """Queue the choice of a token for each row, and the copy of the results to the host."""
+        assert isinstance(flight, CardFlight)
+        W = len(flight.rows)
+        if W == 0:
+            return
+        asked = self._asked_host.next()
+        asked[:W] = 0
+        asked[:W, 0] = mask_of
+        asked[:W, 1] = [
+            row.request.slot if valid else -1 for row, valid in zip(flight.rows, flight.valid, strict=True)
+        ]
+        sampling, count = False, 0
+        for i, row in enumerate(flight.rows):
+            params = row.request.params
+            count = max(count, params.logprobs)
+            if params.temperature > 0 and flight.valid[i]:
+                sampling = True
+                pack_row(asked, i, params, row.start + row.count, mask_of[i], row.request.slot)
+        top = padded_count(count)
+        width = out_width(top)
+        out = self._out[: W * width].view(W, width)
+        with torch.cuda.stream(self.stream):
+            self._asked_host.send(self._asked, W)
+            mask = None
+            if len(masks):
+                if self._masks_host is None:
+                    self._masks_host = Pinned(self.most_wanted, self._mask_words)
+                self._masks_host.next()[: len(masks)] = masks
+                self._masks_host.send(self._masks, len(masks))
+                mask = self._masks
+            arguments = (self._pick, self._logits[:W], self._asked[:W], mask, out, self.sampled)
+            choose(*arguments)
+            if sampling:
+                sample(*arguments)
+            self._turn ^= 1
+            host = self._out_host[self._turn][: W * width].view(W, width)
+            host.copy_(out, non_blocking=True)
+            flight.ready.record()
+        flight.out = host.numpy()
+
+    def read(self, flight: Flight) -> Chosen:
+        """Wait for what was chosen."""
+        assert isinstance(flight, CardFlight)
+        if not flight.rows:
+            return Chosen([], [], [], np.empty((0, 0), np.int32), np.empty((0, 0), np.float32))
+        flight.ready.synchronize()
+        found = decode(flight.out)
+        return Chosen(
+            found.ids.tolist(), found.logits.tolist(), found.lse.tolist(), found.top_ids, found.top_logits
+        )

@@ -1,0 +1,24 @@
+"""What all kernels ask of the card: how many programs it runs at once, and whether launches may overlap."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+PDL = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+"""Programmatic dependent launch: a kernel is set up while the one before it ends (Hopper and later)."""
+
+
+def launch() -> dict[str, Any]:
+    """Launch options that go with `PDL`."""
+    return {"launch_pdl": True} if PDL else {}
+
+
+@functools.cache
+def programs() -> int:
+    """Multiprocessors of the card; a small number where kernels are interpreted."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
+    return 4
