@@ -112,7 +112,8 @@ class Bench:
     def decode(self, prompts: list[workload.Prompt]) -> dict[str, Any]:
         """Many tokens behind short prompts."""
         out = self.sizes.decode_out
-        work = self.shape.decode(len(prompts), len(prompts[0]), out)
+        distinct = len({tuple(prompt) for prompt in prompts})
+        work = self.shape.decode(len(prompts), distinct, len(prompts[0]), out)
         seconds = self.twice(prompts, out)
         theirs = self.rival.decode_tok_s.get(str(len(prompts))) if self.rival else None
         return self.point(seconds, work, len(prompts) * out, theirs)

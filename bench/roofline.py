@@ -95,9 +95,13 @@ class Shape:
         attention = 4 * c.num_layers * c.num_heads * c.head_dim * pairs
         return Work(dense + attention, self.kv_bytes * count)
 
-    def decode(self, batch: int, prompt: int, out: int) -> Work:
-        """The whole of `batch` requests: prompts in one pass, then a pass for each token but the first."""
-        work = self.prefill([prompt] * batch)
+    def decode(self, batch: int, distinct: int, prompt: int, out: int) -> Work:
+        """The whole of `batch` requests: prompts in one pass, then a pass for each token but the first.
+
+        Of the `distinct` prompts each is computed once; of one that was there before only the last row is.
+        """
+        again = batch - distinct
+        work = self.prefill([prompt] * distinct) + self.rows(again, again, again * prompt)
         for context in range(prompt + 1, prompt + out):
             work += self.weights_read() + self.rows(batch, batch, batch * context)
             work += Work(0, self.kv_bytes * batch * context)
