@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import struct
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import gguf
@@ -20,7 +22,7 @@ from tiny_gguf import HEAD_DIM, HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, write_ti
 from ragate_engine import ModelFileError
 from ragate_engine.config import RopeConfig
 from ragate_engine.weights import Checkpoint, names, open_checkpoint
-from ragate_engine.weights.gguf import read_header
+from ragate_engine.weights.gguf import quantization, read_header
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -190,6 +192,18 @@ def test_identity_is_the_sha256_of_the_file(tmp_path):
     assert open_checkpoint(tmp_path / "m.gguf").identity == hashlib.sha256(raw).hexdigest()
 
 
+def test_every_recipe_has_the_name_that_llama_cpp_gives_it(tmp_path):
+    write_tiny(tmp_path / "m.gguf")
+    file = read_header(tmp_path / "m.gguf")
+    recipes = [recipe for recipe in gguf.LlamaFileType if recipe.value <= 40 or recipe.value == 1024]
+    assert len(recipes) > 30
+    for recipe in recipes:
+        named = quantization(replace(file, metadata={"general.file_type": recipe.value}))
+        assert named == recipe.name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    for unknown in (5, 33, 99, -1, "15", None):
+        assert quantization(replace(file, metadata={"general.file_type": unknown})) == "F32"
+
+
 def test_the_quantization_is_named_by_the_file_or_by_most_of_its_matrices(tmp_path):
     write_tiny(tmp_path / "m.gguf", metadata={"general.file_type": 15})
     assert open_checkpoint(tmp_path / "m.gguf").quantization == "Q4_K_M"
@@ -271,12 +285,14 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
             open_checkpoint(cut)
 
 
-def test_a_file_that_shrinks_after_it_was_opened_is_refused_when_read(tmp_path):
+@pytest.mark.parametrize("change", [lambda raw: raw[:20_000], lambda raw: raw[:-8] + bytes(8)])
+def test_a_file_that_changes_after_it_was_opened_is_refused_when_read(tmp_path, change):
     path = tmp_path / "m.gguf"
     write_tiny(path)
+    os.utime(path, ns=(0, 0))
     checkpoint = open_checkpoint(path)
-    path.write_bytes(path.read_bytes()[:20_000])
-    with pytest.raises(ModelFileError, match="shorter"):
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ModelFileError, match="changed while it was read"):
         checkpoint.load("layers.1.down")
 
 

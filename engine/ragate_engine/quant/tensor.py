@@ -61,9 +61,20 @@ class QuantTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights [out, in]: computed in float32, bit by bit as ggml does, then cast to `dtype`."""
-        groups = self.codes.to(torch.float32).view(self.shape[0], -1, self.group)
-        # Two roundings, never a fused multiply-add: that is what the reference decoders do.
-        weights = groups.mul_(self.scales.unsqueeze(-1))
-        if self.offsets is not None:
-            weights = weights.add_(self.offsets.unsqueeze(-1))
-        return weights.view(self.shape).to(dtype)
+        out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        # in a CPU's cache the float32 form is free, and beside the weights on a card it must stay small
+        weights = (1 << 18) * torch.get_num_threads() if self.device.type == "cpu" else 1 << 26
+        step = max(1, weights // self.shape[1])
+        wide = out if dtype == torch.float32 else out.new_empty((step, self.shape[1]), dtype=torch.float32)
+        for first in range(0, self.shape[0], step):
+            rows = slice(first, first + step)
+            codes = self.codes[rows]
+            part = wide[rows] if wide is out else wide[: len(codes)]
+            groups = part.view(len(codes), -1, self.group)
+            # Two roundings, never a fused multiply-add: that is what the reference decoders do.
+            groups.copy_(codes.view(groups.shape)).mul_(self.scales[rows].unsqueeze(-1))
+            if self.offsets is not None:
+                groups += self.offsets[rows].unsqueeze(-1)
+            if wide is not out:
+                out[rows] = part
+        return out

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import threading
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ragate_engine.errors import ModelFileError
-from ragate_engine.weights import gguf
-from ragate_engine.weights.tokenizer import Tokenizer
+from ragate_engine.weights import names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import torch
 
     from ragate_engine.config import ModelConfig
-    from ragate_engine.quant.tensor import QuantTensor
+    from ragate_engine.weights.stream import Weight
+    from ragate_engine.weights.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,8 @@ class Checkpoint:
     config: ModelConfig
     tokenizer: Tokenizer | None
     """`None` only for a safetensors folder that has no tokenizer files."""
-    tensors: Mapping[str, Callable[[], QuantTensor | torch.Tensor]]
-    """A loader per canonical name (`weights/names.py`)."""
+    tensors: Mapping[str, Callable[[], Weight]]
+    """A loader per canonical name (`weights/names.py`); a `stream.Stored` where it lies in a file."""
     quantization: str
     """Such as `Q4_K_M`, or `bfloat16` for plain weights."""
     files: tuple[Path, ...]
@@ -40,24 +44,78 @@ class Checkpoint:
         """The canonical names of the tensors there are."""
         return frozenset(self.tensors)
 
-    def load(self, name: str) -> QuantTensor | torch.Tensor:
+    @property
+    def parameters(self) -> int:
+        """How many weights there are; known from the header alone."""
+        return sum(math.prod(shape) for shape in names.expected(self.config).values())
+
+    def load(self, name: str) -> Weight:
         """Read a tensor from the file: dense ones keep their stored dtype. KeyError for an unknown name."""
         return self.tensors[name]()
 
-    @cached_property
+    @contextmanager
+    def stream(self, device: torch.device) -> Iterator[Callable[[str], Weight]]:
+        """What loads tensors by name: to a card, reading ahead layer by layer; to a CPU, as `load` does.
+
+        Use it as `with checkpoint.stream(device) as load`. Raises ModelFileError from `load`.
+        """
+        if device.type == "cpu":
+            yield self.load
+            return
+        from ragate_engine.weights.stream import Uploader
+
+        order = sorted(self.tensors, key=lambda name: not name.startswith("layers."))  # as a decoder is built
+        with Uploader(self.tensors, order, device) as uploader:
+            yield uploader.load
+
+    def hash_ahead(self) -> Future[str]:
+        """Begin to work out `identity` in a thread: over 16 GB that takes many seconds the first time."""
+        return self._identity
+
+    @property
     def identity(self) -> str:
-        """sha256, hex, of the weights file; of a folder, of the list of its files' sums and names."""
+        """sha256, hex, of the weights file; of a folder, of the list of its files' sums and names.
+
+        Raises ModelFileError where a file cannot be read.
+        """
+        return self._identity.result()
+
+    @cached_property
+    def _identity(self) -> Future[str]:
+        return _in_thread(lambda: _identity_of(self.path, self.files))
+
+
+def _identity_of(folder: Path, files: tuple[Path, ...]) -> str:
+    from ragate_engine.weights.digest import sha256_of
+
+    at_once = threading.Semaphore(4)  # a disk has no more to give
+
+    def digest(path: Path) -> str:
+        with at_once:
+            return sha256_of(path)
+
+    try:
+        sums = [future.result() for future in [_in_thread(partial(digest, path)) for path in files]]
+    except OSError as error:
+        raise ModelFileError(f"{folder} cannot be read: {error.strerror or error}") from None
+    if len(sums) == 1:
+        return sums[0]
+    listing = "".join(f"{digest}  {path.name}\n" for digest, path in zip(sums, files, strict=True))
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _in_thread(work: Callable[[], str]) -> Future[str]:
+    """`work` in a thread that nothing waits for when the process ends, as it would for a pool's."""
+    future: Future[str] = Future()
+
+    def run() -> None:
         try:
-            sums = []
-            for path in self.files:
-                with open(path, "rb") as file:
-                    sums.append(hashlib.file_digest(file, "sha256").hexdigest())
-        except OSError as error:
-            raise ModelFileError(f"{self.path} cannot be read: {error.strerror or error}") from None
-        if len(sums) == 1:
-            return sums[0]
-        listing = "".join(f"{digest}  {path.name}\n" for digest, path in zip(sums, self.files, strict=True))
-        return hashlib.sha256(listing.encode()).hexdigest()
+            future.set_result(work())
+        except BaseException as error:  # who waits for it must hear of it
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="ragate-hash", daemon=True).start()
+    return future
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -65,6 +123,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises ModelFileError, one sentence, for what is missing, corrupt, truncated or not supported.
     """
+    from ragate_engine.weights.tokenizer import Tokenizer
+
     path = Path(path)
     if path.is_dir():
         from ragate_engine.weights import safetensors
@@ -81,6 +141,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         )
     if not path.exists():
         raise ModelFileError(f"{path} does not exist")
+    from ragate_engine.weights import gguf
+
     file = gguf.read_header(path)
     config = gguf.model_config(file)
     tokenizer = Tokenizer.from_gguf(file)

@@ -1,8 +1,8 @@
 """GGUF files: a strict reader of the header, the model configuration in its metadata, and tensors on demand.
 
 The header is parsed here rather than by `gguf.GGUFReader`: that one trusts every count in the file (a corrupt
-array length makes it loop for hours) and takes seconds over a large vocabulary. Types and block sizes come
-from the `gguf` package.
+array length makes it loop for hours) and takes seconds over a large vocabulary; the package's import alone would
+be felt at each start.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -17,36 +17,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
 
 from ragate_engine.config import ModelConfig, RopeConfig
 from ragate_engine.errors import ConfigError, ModelFileError
 from ragate_engine.quant import formats
+from ragate_engine.quant.formats import Kind
 from ragate_engine.weights import names
 from ragate_engine.weights.fields import Fields
+from ragate_engine.weights.stream import Source, Stored, Weight
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
-    from ragate_engine.quant.tensor import QuantTensor
-
-Rows = slice | np.ndarray[Any, np.dtype[np.int64]] | None
-
 MAGIC = b"GGUF"
-_SCALARS = {
-    GGUFValueType.UINT8: "B",
-    GGUFValueType.INT8: "b",
-    GGUFValueType.UINT16: "H",
-    GGUFValueType.INT16: "h",
-    GGUFValueType.UINT32: "I",
-    GGUFValueType.INT32: "i",
-    GGUFValueType.FLOAT32: "f",
-    GGUFValueType.UINT64: "Q",
-    GGUFValueType.INT64: "q",
-    GGUFValueType.FLOAT64: "d",
-    GGUFValueType.BOOL: "?",
-}
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""Metadata types by their number, as `struct` spells them: uint8 to float64."""
+_STRING, _ARRAY = 8, 9
+Order = np.ndarray[Any, np.dtype[np.int64]]
+"""Rows of a tensor in the order in which they are wanted."""
+
 _MAX_DIMS = 4  # GGML_MAX_DIMS
 _MAX_COUNT = 1 << 22
 """No header has more entries, array items or tensors than this."""
@@ -59,7 +49,7 @@ class TensorInfo:
     """Where a tensor lies in the file: `shape` in torch's order, `offset` from the start of the file."""
 
     name: str
-    kind: GGMLQuantizationType
+    kind: Kind
     shape: tuple[int, ...]
     offset: int
     nbytes: int
@@ -69,10 +59,15 @@ class TensorInfo:
 class GGUFFile:
     """The parsed header of one file."""
 
-    path: Path
+    source: Source
     metadata: Mapping[str, Any]
     """Numbers, booleans and strings as such; arrays as lists."""
     tensors: Mapping[str, TensorInfo]
+
+    @property
+    def path(self) -> Path:
+        """Where the file is."""
+        return self.source.path
 
 
 class _Header:
@@ -101,21 +96,42 @@ class _Header:
         self.at += size
         return raw.decode("utf-8")
 
-    def value(self, kind: GGUFValueType) -> Any:
-        if kind == GGUFValueType.STRING:
+    def strings(self, count: int) -> list[str]:
+        """As many strings in a row: of a vocabulary there are hundreds of thousands, so without a call for each."""
+        data, at, end = self.data, self.at, len(self.data)
+        length = struct.Struct("<Q").unpack_from
+        found = []
+        for _ in range(count):
+            (size,) = length(data, at)
+            at += 8
+            if size > end - at:
+                raise ValueError(f"its header claims {size} bytes of text, more than the file can hold")
+            found.append(data[at : at + size].decode("utf-8"))
+            at += size
+        self.at = at
+        return found
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
             return self.string()
-        if kind != GGUFValueType.ARRAY:
-            return self.number(_SCALARS[kind])
-        item = GGUFValueType(self.number("I"))
-        if item == GGUFValueType.ARRAY:
+        if kind != _ARRAY:
+            return self.number(_scalar(kind))
+        item = self.number("I")
+        if item == _ARRAY:
             raise ValueError("its metadata has an array of arrays, which no known model uses")
-        if item == GGUFValueType.STRING:
-            return [self.string() for _ in range(self.count("strings", 8))]
-        packed = struct.Struct("<" + _SCALARS[item])
+        if item == _STRING:
+            return self.strings(self.count("strings", 8))
+        packed = struct.Struct("<" + _scalar(item))
         size = self.count("array items", packed.size) * packed.size
         found = [value for (value,) in packed.iter_unpack(self.data[self.at : self.at + size])]
         self.at += size
         return found
+
+
+def _scalar(kind: int) -> str:
+    if kind not in _SCALARS:
+        raise ValueError(f"its metadata has a value of the unknown type {kind}")
+    return _SCALARS[kind]
 
 
 def read_header(path: Path) -> GGUFFile:
@@ -124,8 +140,9 @@ def read_header(path: Path) -> GGUFFile:
     Raises ModelFileError, one sentence that names the file, for anything else.
     """
     try:
+        source = Source.of(path)
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parse(path, _Header(data))
+            return _parse(source, _Header(data))
     except struct.error:
         raise ModelFileError(f"{path} is cut short inside its header: fetch it again") from None
     except UnicodeDecodeError:
@@ -136,7 +153,7 @@ def read_header(path: Path) -> GGUFFile:
         raise ModelFileError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _parse(path: Path, header: _Header) -> GGUFFile:
+def _parse(source: Source, header: _Header) -> GGUFFile:
     if header.data[:4] != MAGIC:
         raise ValueError("it does not begin with the bytes GGUF")
     header.at = 4
@@ -149,7 +166,7 @@ def _parse(path: Path, header: _Header) -> GGUFFile:
         key = header.string()
         if key in metadata:
             raise ValueError(f"metadata key {key!r} appears twice")
-        metadata[key] = header.value(GGUFValueType(header.number("I")))
+        metadata[key] = header.value(header.number("I"))
     infos = [_tensor_info(header) for _ in range(tensor_count)]
 
     align = metadata.get("general.alignment", 32)
@@ -167,7 +184,7 @@ def _parse(path: Path, header: _Header) -> GGUFFile:
             size = len(header.data)
             raise ValueError(f"tensor {info.name!r} ends at byte {offset + info.nbytes}, the file at {size}")
         tensors[info.name] = TensorInfo(info.name, info.kind, info.shape, offset, info.nbytes)
-    return GGUFFile(path, metadata, tensors)
+    return GGUFFile(source, metadata, tensors)
 
 
 def _tensor_info(header: _Header) -> TensorInfo:
@@ -180,28 +197,36 @@ def _tensor_info(header: _Header) -> TensorInfo:
     code = header.number("I")
     offset = header.number("Q")
     try:
-        kind = GGMLQuantizationType(code)
-        block, block_bytes = GGML_QUANT_SIZES[kind]
-    except (ValueError, KeyError):
+        kind = Kind(code)
+    except ValueError:
         raise ValueError(f"tensor {name!r} has the unknown type {code}") from None
+    block, block_bytes = formats.SIZES[kind]
     if not shape or min(shape) < 1 or shape[-1] % block:
         raise ValueError(f"tensor {name!r} of type {kind.name} has the impossible shape {list(shape)}")
     return TensorInfo(name, kind, shape, offset, math.prod(shape) // block * block_bytes)
 
 
-def read_tensor(file: GGUFFile, info: TensorInfo, rows: Rows = None) -> QuantTensor | torch.Tensor:
-    """A tensor: dense ones as stored, quantized ones as `QuantTensor`; `rows` picks and orders its rows."""
-    try:
-        with open(file.path, "rb") as stream:
-            stream.seek(info.offset)
-            data = np.fromfile(stream, np.uint8, info.nbytes)
-    except OSError as error:
-        raise ModelFileError(f"{file.path} cannot be read: {error.strerror or error}") from None
-    if data.size != info.nbytes:
-        raise ModelFileError(f"{file.path} became shorter while it was read: fetch it again")
-    data = data.reshape(info.shape[0], -1)
-    decoded = formats.decode(info.kind, data if rows is None else np.ascontiguousarray(data[rows]))
-    return decoded.reshape(-1) if len(info.shape) == 1 and isinstance(decoded, torch.Tensor) else decoded
+def stored(file: GGUFFile, info: TensorInfo, part: slice | None = None, order: Order | None = None) -> Stored:
+    """Where a tensor lies and how it is read: dense as stored, quantized as `QuantTensor`.
+
+    `part` takes a range of its rows (they follow each other in the file), `order` puts them into another order.
+    """
+    first, stop, _ = (part or slice(None)).indices(info.shape[0])
+    row_bytes = info.nbytes // info.shape[0]
+    return Stored(
+        source=file.source,
+        offset=info.offset + first * row_bytes,
+        nbytes=(stop - first) * row_bytes,
+        decode=partial(_decoded, info.kind, len(info.shape) == 1, row_bytes, order),
+    )
+
+
+def _decoded(kind: Kind, vector: bool, row_bytes: int, order: Order | None, data: torch.Tensor) -> Weight:
+    rows = data.view(-1, row_bytes)
+    if order is not None:
+        rows = rows[torch.from_numpy(order).to(data.device)]
+    weight = formats.decode(kind, rows)
+    return weight.reshape(-1) if vector and isinstance(weight, torch.Tensor) else weight
 
 
 # --- the model configuration ----------------------------------------------------------------------------
@@ -307,16 +332,16 @@ def _llama3_rope(file: GGUFFile, meta: Fields, theta: float, head_dim: int) -> R
     """Llama 3.1 files store what each frequency is divided by: find the parameters that give that."""
     info = file.tensors["rope_freqs.weight"]
     _require_readable(file, info)
-    stored = read_tensor(file, info)
+    divisors = stored(file, info)()
     original = meta.get("rope.scaling.original_context_length", int) or 8192
-    if isinstance(stored, torch.Tensor) and stored.shape == (head_dim // 2,) and bool((stored >= 1).all()):
-        rope = RopeConfig(theta, "llama3", float(stored.max()), 1.0, 4.0, original)
+    plain = divisors.float() if isinstance(divisors, torch.Tensor) else torch.empty(0)
+    if plain.shape == (head_dim // 2,) and bool((plain >= 1).all()):
+        rope = RopeConfig(theta, "llama3", float(plain.max()), 1.0, 4.0, original)
         turns = original * theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
         smooth = np.clip(
             (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1
         )
-        divisors = 1 / ((1 - smooth) / rope.factor + smooth)
-        if np.allclose(stored.numpy(), divisors, rtol=1e-3):
+        if np.allclose(plain.numpy(), 1 / ((1 - smooth) / rope.factor + smooth), rtol=1e-3):
             return rope
     meta.refuse("rope_freqs.weight is not the scaling of Llama 3.1, the only one this engine knows")
 
@@ -324,7 +349,7 @@ def _llama3_rope(file: GGUFFile, meta: Fields, theta: float, head_dim: int) -> R
 # --- tensors --------------------------------------------------------------------------------------------
 
 
-def row_order(heads: int, head_dim: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def row_order(heads: int, head_dim: int) -> Order:
     """Rows of a llama q or k matrix in Hugging Face's order.
 
     llama.cpp's converter interleaves the two halves of each head, for its pairwise rope; this undoes it, so
@@ -347,10 +372,10 @@ def _require_readable(file: GGUFFile, info: TensorInfo) -> None:
         )
 
 
-def tensors(file: GGUFFile, config: ModelConfig) -> dict[str, Callable[[], QuantTensor | torch.Tensor]]:
-    """A loader for each tensor, by canonical name. Raises ModelFileError where they do not fit `config`."""
+def tensors(file: GGUFFile, config: ModelConfig) -> dict[str, Stored]:
+    """Where each tensor lies, by canonical name. Raises ModelFileError where they do not fit `config`."""
     wanted = names.expected(config)
-    loaders: dict[str, Callable[[], QuantTensor | torch.Tensor]] = {}
+    found: dict[str, Stored] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for info in file.tensors.values():
         _require_readable(file, info)
@@ -364,27 +389,36 @@ def tensors(file: GGUFFile, config: ModelConfig) -> dict[str, Callable[[], Quant
             leaf = "gate_up"  # Phi-3 stacks the gate on top of the up matrix
         if leaf in ("qkv", "gate_up"):
             for part, rows in names.fused_parts(leaf, config).items():
-                loaders[f"{prefix}.{part}"] = partial(read_tensor, file, info, rows)
+                found[f"{prefix}.{part}"] = stored(file, info, rows)
                 shapes[f"{prefix}.{part}"] = (len(range(info.shape[0])[rows]), *info.shape[1:])
             continue
-        order: Rows = None
+        order: Order | None = None
         if (
             config.arch == "llama"
             and leaf in ("q", "q_bias", "k", "k_bias")
             and info.shape == wanted.get(name)
         ):
             order = row_order(config.num_heads if leaf[0] == "q" else config.num_kv_heads, config.head_dim)
-        loaders[name] = partial(read_tensor, file, info, order)
+        found[name] = stored(file, info, order=order)
         shapes[name] = info.shape
     names.check(file.path, shapes, wanted)
-    return loaders
+    return found
+
+
+_RECIPES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S",
+    12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K",
+    19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL",
+    26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0",
+    37: "TQ2_0", 38: "MXFP4_MOE", 39: "NVFP4", 40: "Q1_0", 1024: "GUESSED",
+}  # fmt: skip
+"""Names of `general.file_type`, by number (`llama_ftype` in llama.h)."""
 
 
 def quantization(file: GGUFFile) -> str:
     """The name of the file's recipe, such as Q4_K_M; if it states none, the type of most of its matrices."""
-    try:
-        name = str(LlamaFileType(file.metadata["general.file_type"]).name)
-    except (KeyError, ValueError):
-        kinds = [str(info.kind.name) for info in file.tensors.values() if len(info.shape) > 1]
-        return max(sorted(set(kinds)), key=kinds.count)
-    return name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    number = file.metadata.get("general.file_type")
+    if isinstance(number, int) and number in _RECIPES:
+        return _RECIPES[number]
+    kinds = [info.kind.name for info in file.tensors.values() if len(info.shape) > 1]
+    return max(sorted(set(kinds)), key=kinds.count)

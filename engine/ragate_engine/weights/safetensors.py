@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from ragate_engine.config import ModelConfig, RopeConfig
@@ -14,14 +16,12 @@ from ragate_engine.errors import ConfigError, ModelFileError
 from ragate_engine.weights import names
 from ragate_engine.weights.fields import Fields, read_json
 from ragate_engine.weights.gguf import window_layers
+from ragate_engine.weights.stream import Source, Stored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
-    import torch
-
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _ARCH = {
     "llama": "llama",
@@ -207,29 +207,47 @@ def quantization(files: tuple[Path, ...]) -> str:
             for name in sorted(opened.keys()):
                 part = opened.get_slice(name)
                 if len(part.get_shape()) == 2:
-                    return str(_DTYPES.get(part.get_dtype(), part.get_dtype()))
+                    kind = part.get_dtype()
+                    return str(_DTYPES.get(kind, kind)).removeprefix("torch.")
     return "float32"
 
 
-def _read(file: Path, name: str, rows: slice | None, add_one: bool) -> torch.Tensor:
-    try:
-        with _open(file) as opened:
-            tensor: torch.Tensor = opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
-    except SafetensorError as error:
-        raise ModelFileError(f"{file} changed while it was read ({error}): fetch it again") from None
+def _starts(source: Source) -> dict[str, int]:
+    """Where each tensor begins in a file that `safe_open` has found sound.
+
+    Format: 8 bytes, little-endian, the length of a JSON object {name: {"data_offsets": [start, stop], ...}}; the
+    object; the data, from which the offsets count.
+    """
+    with source.open() as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        name: 8 + length + entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _decoded(dtype: torch.dtype, shape: tuple[int, ...], add_one: bool, data: torch.Tensor) -> torch.Tensor:
+    if data.storage_offset() % dtype.itemsize:  # a header of odd length
+        data = data.clone()
+    tensor = data.view(dtype).view(shape)
     # Gemma multiplies by (1 + w), in float32 whatever w is stored as.
-    return 1.0 + tensor.float() if add_one else tensor.contiguous()
+    return 1.0 + tensor.float() if add_one else tensor
 
 
-def tensors(
-    folder: Path, files: tuple[Path, ...], config: ModelConfig
-) -> dict[str, Callable[[], torch.Tensor]]:
-    """A loader for each tensor, by canonical name. Raises ModelFileError where they do not fit `config`."""
+def tensors(folder: Path, files: tuple[Path, ...], config: ModelConfig) -> dict[str, Stored]:
+    """Where each tensor lies, by canonical name. Raises ModelFileError where they do not fit `config`."""
     wanted = names.expected(config)
-    loaders: dict[str, Callable[[], torch.Tensor]] = {}
+    found: dict[str, Stored] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
+        try:
+            source = Source.of(file)
+        except OSError as error:
+            raise ModelFileError(f"{file} cannot be read: {error.strerror or error}") from None
         with _open(file) as opened:
+            starts = _starts(source)
             for stored in opened.keys():  # noqa: SIM118 - not a dict
                 name = names.from_hf(stored, config.sandwich_norm)
                 if name is None and any(part in stored for part in _IGNORED):
@@ -244,18 +262,27 @@ def tensors(
                         f"{file}: tensor {stored} has type {part.get_dtype()}, which is not read: "
                         f"take weights in {', '.join(_DTYPES)}, or GGUF"
                     )
-                shape = tuple(part.get_shape())
+                dtype, shape = _DTYPES[part.get_dtype()], tuple(part.get_shape())
+                row_bytes = math.prod(shape[1:]) * dtype.itemsize
                 prefix, _, leaf = name.rpartition(".")
-                pieces: dict[str, slice | None] = {name: None}
+                pieces = {name: slice(None)}
                 if leaf in ("qkv", "gate_up"):
                     pieces = {
                         f"{prefix}.{key}": rows for key, rows in names.fused_parts(leaf, config).items()
                     }
                 for piece, rows in pieces.items():
-                    if piece in loaders:
+                    if piece in found:
                         raise ModelFileError(f"{file}: tensor {stored} is there twice")
-                    add_one = config.sandwich_norm and piece.endswith("norm")
-                    loaders[piece] = partial(_read, file, stored, rows, add_one)
-                    shapes[piece] = shape if rows is None else (len(range(shape[0])[rows]), *shape[1:])
+                    first, stop, _ = rows.indices(shape[0]) if shape else (0, 1, 1)
+                    shapes[piece] = (stop - first, *shape[1:]) if shape else ()
+                    found[piece] = Stored(
+                        source=source,
+                        offset=starts[stored] + first * row_bytes,
+                        nbytes=max(0, stop - first) * row_bytes,
+                        decode=partial(
+                            _decoded, dtype, shapes[piece], config.sandwich_norm and piece.endswith("norm")
+                        ),
+                        mapped=True,
+                    )
     names.check(folder, shapes, wanted)
-    return loaders
+    return found
