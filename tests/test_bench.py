@@ -133,6 +133,7 @@ def test_invariance_is_shown_and_a_difference_is_an_error(
         return answers, usage, cached
 
     monkeypatch.setattr(invariance, "_run", tampered)
+    monkeypatch.setattr(invariance, "SETTINGS", invariance.SETTINGS[:4])
     assert invariance.main(arguments) == 1
     assert "1 of 24 DIFFER" in capsys.readouterr().out
 
@@ -152,7 +153,7 @@ def test_a_soak_reports_memory_that_grows(monkeypatch: pytest.MonkeyPatch) -> No
     grown = iter(range(1000))
     monkeypatch.setattr(soak, "memory", lambda device: {"process": 100.0 + 10 * next(grown)})
     with Engine(random_checkpoint(TINY), EngineConfig(device="cpu", max_len=96, kv_bytes=60_000)) as engine:
-        run = soak.Soak(engine, soak.kinds(TINY), 800, "cpu")
+        run = soak.Soak(engine, soak.kinds(TINY), 80, "cpu")
         run.run()
     assert "process drifted by +120 MiB" in run.problems()
 
