@@ -20,6 +20,7 @@ from tiny_gguf import TEMPLATE, write_tiny
 from ragate_engine import ConfigError, ModelFileError
 from ragate_engine.weights.chat import ChatTemplate
 from ragate_engine.weights.gguf import GGUFFile, read_header
+from ragate_engine.weights.stream import Source
 from ragate_engine.weights.tokenizer import Tokenizer
 
 FIXED = [
@@ -219,7 +220,7 @@ def test_any_sentencepiece_vocabulary_is_applied_by_the_book(joined, order, text
         "tokenizer.ggml.scores": list(scores.values()),
         "tokenizer.ggml.add_space_prefix": False,
     }
-    tokenizer = Tokenizer.from_gguf(GGUFFile(Path("m.gguf"), metadata, {}))
+    tokenizer = Tokenizer.from_gguf(GGUFFile(Source(Path("m.gguf"), 0, (0, 0)), metadata, {}))
     assert [words[i] for i in tokenizer.encode(text)] == spm_by_the_book(text, scores)
 
 
