@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import re
 import sys
 import tempfile
@@ -41,12 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("models", nargs="+", help=f"some of {', '.join(SHAPES)} (random weights), or paths")
     parser.add_argument("--out", type=Path, help="write the result here, as JSON")
     args = parser.parse_args(arguments)
+    # graphs must be captured with the profiler's library loaded, and find it loaded when they are replayed
+    os.environ |= {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
     profiled(lambda: torch.zeros(1, device="cuda").add_(1))  # the profiler's own start takes seconds
     models: dict[str, Any] = {}
     for model in args.models:
         models[model] = steps_of(model)
         for name, step in models[model].items():
-            print(f"{model} {name}: {step['wall_us']:.0f} us, kernels {step['kernel_us']:.0f} us")
+            split = f" IN {step['steps']} STEPS" if step.get("steps", 1) != 1 else ""
+            print(f"{model} {name}: {step['wall_us']:.0f} us, kernels {step['kernel_us']:.0f} us{split}")
             for row in step["kernels"][:12]:
                 print(f"  {row['share']:6.1%} {row['us']:10.1f} us {row['launches']:6.0f} x {row['name']}")
     result.save(result.header("cuda") | {"models": models}, args.out)
@@ -139,6 +143,8 @@ def difference(few: Kernels, more: Kernels) -> Kernels:
 
 def step_result(kernels: Kernels, steps: int, seconds: float) -> dict[str, Any]:
     """The fields of one kind of step; times and launches are those of one step."""
+    if not kernels:
+        raise SystemExit("the profiler saw no kernel")
     total = sum(microseconds for _, microseconds in kernels.values())
     rows = [
         {"name": name, "us": us / steps, "launches": count / steps, "share": us / total}

@@ -71,7 +71,7 @@ def seconds_of(work: Callable[[], object], device: str, runs: int = 15, warm_up:
             times.append(time.perf_counter() - start)
         return statistics.median(times)
     for _ in range(runs):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         work()
         end.record()
@@ -172,7 +172,7 @@ def page_cache_rate(size: int) -> float:
 
 def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """`work` as a graph, after a warm-up on the side stream that capture asks for."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         work()

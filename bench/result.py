@@ -51,7 +51,7 @@ def _commit() -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         done = None
-    return done.stdout.strip() if done and done.returncode == 0 else os.environ.get("RAGATE_COMMIT")
+    return done.stdout.strip() if done and done.returncode == 0 else os.environ.get("RAGATE_COMMIT") or None
 
 
 def save(result: dict[str, Any], path: Path | None) -> None:

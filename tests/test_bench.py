@@ -255,6 +255,9 @@ def made_up(folder: Path) -> None:
         "over_time": over_time,
     }
     start = {"total": 6.0, "python": 0.1, "imports": 2.0, "load": 3.5, "first_token": 0.4}
+    alone = point(0.38, 16000, shape.prefill([1000] * 16), 1.0)
+    del alone["peer_tok_s"], alone["ratio"]
+    write("engine-h200-1.5b", limits=vars(CARD), sizes=vars(workload.FULL), prefill=alone)
     write(
         "engine-h200-8b",
         peer=committed.describe(),
@@ -295,6 +298,10 @@ def test_the_page_shows_what_was_measured(tmp_path: Path) -> None:
     assert "| decode, batch 1 | 223 tok/s | 202 | 56 | **1.10** | 79% (memory) |" in text
     assert (
         "| judge workload | 17.00 / 16.00 s | 20.77 / 20.88 s | 25.27 / 25.30 s | **1.30** | 69% (arithmetic) |"
+        in text
+    )
+    assert (
+        "| | ragate | of the limit |\n|---|---|---|\n| prefill, 16 x 1,000 | 42,105 tok/s | 76% (arithmetic) |"
         in text
     )
     assert "| a small pool | 0 (12 preemptions) |" in text
