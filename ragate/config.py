@@ -100,12 +100,14 @@ class Settings(BaseModel):
     """Only the first so many items, and no reserve; by default all."""
     out: str | None = None
     """Run folder; by default .ragate/SUITE."""
-    max_batch: int = Field(64, ge=1, le=4096)
-    """Requests that the engine runs at once; changes no score."""
+    max_batch: int | None = Field(None, ge=1, le=4096)
+    """Requests that the engine runs at once; by default 64 on a CPU, 1,024 on a card. Changes no score."""
     call_timeout: Seconds = 600.0
     """Seconds without any progress of judge and target after which a score is given up."""
     kv_gib: float | None = Field(None, gt=0, le=4096, allow_inf_nan=False)
     """GiB for the engine's KV blocks; by default 2 on a CPU, most of the free memory on a card."""
+    kv_dtype: Literal["auto", "fp8_e4m3", "fp8_e5m2"] = "auto"
+    """How the engine keeps K and V on a card; the 8-bit floats hold twice the tokens and may change scores."""
     threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of the engine; by default one per core. Changes no score."""
 

@@ -150,7 +150,11 @@ def _evaluate(
     kv = None if settings.kv_gib is None else int(settings.kv_gib * 2**30)
     session.configure(
         EngineConfig(
-            device=settings.device, max_batch=settings.max_batch, kv_bytes=kv, threads=settings.threads
+            device=settings.device,
+            max_batch=settings.max_batch,
+            kv_bytes=kv,
+            kv_dtype=settings.kv_dtype,
+            threads=settings.threads,
         )
     )
     stack.callback(session.close_engines)

@@ -30,13 +30,12 @@ from ragate_engine.kernels.triton.pick import (
     padded_count,
     sample,
 )
-from ragate_engine.kernels.triton.plan import ROWS, WANTED, AttentionPlan, order, pack, plan_attention
+from ragate_engine.kernels.triton.plan import CHUNK, HEADER, ITEM, ROWS, WANTED, order, pack, plan_attention
 from ragate_engine.kv import KVCache
 from ragate_engine.model import Decoder
 from ragate_engine.request import MAX_LOGPROBS, Row, StepPlan
 from ragate_engine.steps import Chosen, Flight, Ints, step_rows
 
-HEADER = 16
 FIELDS = 5
 """ids, positions, slots, row_table, part_of."""
 BUCKETS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -111,10 +110,10 @@ class CardSteps:
         self._tables = np.zeros((max_batch, self.table_width), np.int32)
         self._filled = np.zeros(max_batch, np.int32)
         self._owners: list[tuple[int, int]] = [(-1, -1)] * max_batch
-        chunks = -(-self.table_width // 16) + 1
+        chunks = -(-max_len // CHUNK) + 1
         largest = self.buckets[-1]
         words = HEADER + FIELDS * largest + self.most_wanted
-        words += 8 * (max_batch * chunks + largest) + max_batch * self.table_width
+        words += ITEM * (max_batch * chunks + largest) + max_batch * self.table_width + 3
         self._plan = torch.empty(words, dtype=torch.int32, device=card)
         self._plan_host = Pinned(words)
         self._partials = torch.empty(
@@ -149,9 +148,7 @@ class CardSteps:
         rows = tuple(rows[i] for i in turn.tolist())
         ids, position, owner, last = step_rows(rows, starts, counts)
         first = last + 1 - counts
-        attention = plan_attention(
-            first, starts, counts, tables, self.shape, device.programs(), MAX_PARTS
-        )
+        attention = plan_attention(first, starts, counts, tables, self.shape, device.programs(), MAX_PARTS)
         wanting = np.array([i for i, row in enumerate(rows) if row.wants_logits], np.int32)
         M, W = len(ids), len(wanting)
         bucket = next(b for b in self.buckets if b >= M)
@@ -212,7 +209,9 @@ class CardSteps:
             yield True
         else:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
                 yield True
             self._graphs[key] = graph
             graph.replay()

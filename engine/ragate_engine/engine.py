@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,6 @@ import torch
 from ragate_engine.blocks import BlockPool
 from ragate_engine.config import BLOCK_SIZE, EngineConfig
 from ragate_engine.errors import DeviceError, EngineClosedError, EngineError, GrammarError, PromptTooLongError
-from ragate_engine.grammar import Grammars
 from ragate_engine.request import Completion, Request, SamplingParams, Status, TokenInfo, Usage
 from ragate_engine.runner import Runner
 from ragate_engine.scheduler import Scheduler
@@ -31,6 +31,9 @@ from ragate_engine.weights.tokenizer import Tokenizer
 
 VERSION = "1"
 """Raised when a change may alter output bits: it is part of the fingerprint."""
+
+if TYPE_CHECKING:
+    from ragate_engine.grammar import Grammars
 
 Words = npt.NDArray[np.int32]
 
@@ -93,6 +96,8 @@ class Engine:
     @cached_property
     def _grammars(self) -> Grammars:
         """Made for the first schema: it walks the whole vocabulary, and a model may have no end token for it."""
+        from ragate_engine.grammar import Grammars
+
         return Grammars(self.tokenizer, self._runner.vocab_size)
 
     @property
@@ -138,10 +143,11 @@ class Engine:
 
     def describe(self) -> dict[str, str]:
         """What decides the output bits, field by field, for a fingerprint."""
+        kv = "" if self.config.kv_dtype == "auto" else f", KV {self.config.kv_dtype}"
         return {
             "engine": VERSION,
             "backend": self._runner.backend,
-            "dtype": str(self._runner.dtype).removeprefix("torch."),
+            "dtype": str(self._runner.dtype).removeprefix("torch.") + kv,
             "arch": self._checkpoint.config.arch,
             "weights": self._checkpoint.identity,
             "quantization": self._checkpoint.quantization,

@@ -49,9 +49,10 @@ def test_the_defaults_are_the_documented_ones(tmp_path: Path) -> None:
         "device": "auto",
         "limit": None,
         "out": None,
-        "max_batch": 64,
+        "max_batch": None,
         "call_timeout": 600.0,
         "kv_gib": None,
+        "kv_dtype": "auto",
         "threads": None,
         "root": ".",
         "origins": {},
@@ -93,6 +94,7 @@ def test_every_setting_has_a_text_and_a_variable(tmp_path: Path, monkeypatch: py
         "max_batch": "8",
         "call_timeout": "9",
         "kv_gib": "0.5",
+        "kv_dtype": "fp8_e4m3",
         "threads": "2",
     }
     assert set(values) == set(KEYS)

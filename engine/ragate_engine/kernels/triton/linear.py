@@ -149,23 +149,29 @@ _MANY = (
 )
 
 
-def best_tile(M: int, N: int, K: int, gated: bool) -> Tile:
-    """The tile for x [M, K] and W [N, K], by measurement on the H200; it never changes a bit."""
-    narrow = N <= 32 * device.programs()
+def best_tile(M: int, N: int, K: int, gated: bool, wide: bool = False) -> Tile:
+    """The tile for x [M, K] and W [N, K], by measurement on the H200: it never changes a bit."""
+    narrow = device.programs() * 32 >= N
     if M <= 16:
         if gated:
+            return Tile(False, 16, 64, 64, 4, 4)
+        if N > 16384:
             return Tile(False, 16, 64, 128, 4, 6)
         if K < 1024:
             return Tile(False, 16, 32, 64, 4, 8)
         return Tile(False, 16, 32, 256, 4, 6) if narrow else Tile(False, 16, 32, 128, 2, 6)
     if M <= 64:
+        if N > 16384:
+            return Tile(True, 64, 128, 64, 4, 6)
         return Tile(True, 64, 32, 128, 4, 6) if narrow else Tile(False, 64, 64, 128, 4, 6)
 
     def cost(choice: tuple[Tile, float]) -> float:
         tile, time = choice
         return time * -(-(-(-M // tile.rows) * -(-N // tile.columns)) // device.programs())
 
-    return min(_MANY, key=cost)[0]
+    # a tile of 128 x 256 float32 would not fit beside the pipeline on its way out
+    tile = min(_MANY[1:] if wide else _MANY, key=cost)[0]
+    return tile._replace(stages=4) if gated and tile.columns == 256 else tile
 
 
 def product(
@@ -185,7 +191,7 @@ def product(
     width = N // 2 if packed.gated else N
     if y is None:
         y = torch.empty(M, width, dtype=torch.float32 if wide else x.dtype, device=x.device)
-    tile = tile or best_tile(M, N, K, packed.gated)
+    tile = tile or best_tile(M, N, K, packed.gated, wide)
     gelu = activation is not None and activation != "silu"
     # what the tensor memory accelerator cannot address, and float32, take the plain kernel
     if tile.persistent and (K % 8 or (width % 8 and not wide) or x.dtype == torch.float32):
