@@ -249,7 +249,9 @@ class EngineJudge(Judge):
         try:
             completion = await asyncio.wrap_future(self.engine.submit(ids, params))
         except (DeviceError, EngineClosedError) as e:
-            raise RunError(f"the judge's engine stopped: {e}; run again to go on from here") from e
+            raise RunError(
+                f"the judge stopped: {e}; what was judged is safe in the journal: run the same command again to go on"
+            ) from e
         return CallEntry(
             key=key,
             output=completion.text,

@@ -25,6 +25,7 @@ from ragate import __version__, catalog, session
 from ragate.cli import run
 from ragate.journal import CallEntry, Journal, read_entries
 from ragate.run import Run, Score, load_run, save_run
+from ragate_engine import DeviceError
 
 
 class Ended(NamedTuple):
@@ -220,6 +221,37 @@ def test_doctor_reports_whatever_is_missing_and_exits_0(ragate: Ragate, device: 
     assert "no test set is named" in ended.out
     assert re.search(rf"^  device +{device} +--device$", ended.out, re.MULTILINE)
     assert re.search(r"^  threshold +0.05 +default$", ended.out, re.MULTILINE)
+
+
+def test_a_card_lost_in_mid_run_leaves_its_journal_and_the_same_command_goes_on(
+    ragate: Ragate, fake_judge: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def lose(prompt: str) -> Exception | None:
+        nonlocal calls
+        calls += 1
+        lost = DeviceError("NVIDIA H200 was lost in mid-run (CUDA error: unspecified launch failure)")
+        return lost if calls > 10 else None
+
+    command = (*fake_judge, "--metrics", "faithfulness")
+    assert ragate(*command, "--out", "undisturbed").code == 3  # there is no baseline
+    with monkeypatch.context() as patch:
+        engine = FakeEngine(fail=lose)
+        patch.setattr(session, "open_engine", lambda *_: engine)
+        said = sentence(ragate(*command, "--out", "out"))
+    assert (
+        "NVIDIA H200 was lost in mid-run (CUDA error: unspecified launch failure); what was judged is" in said
+    )
+    assert said.endswith("is safe in the journal: run the same command again to go on\n")
+    entries, corrupt, _ = read_entries(Path("out/journal.jsonl").read_bytes())
+    assert (len([entry for entry in entries if isinstance(entry, CallEntry)]), corrupt) == (10, [])
+    assert not Path("out/run.json").exists()
+
+    assert ragate(*command, "--out", "out").code == 3
+    timings = json.loads(Path("out/timings.json").read_text())
+    assert timings["calls_resumed"] == 10
+    assert Path("out/run.json").read_bytes() == Path("undisturbed/run.json").read_bytes()
 
 
 # Stored runs: check, baseline, report

@@ -340,7 +340,7 @@ def test_one_failed_request_is_an_error_of_its_call_and_a_lost_engine_ends_the_r
     judge = EngineJudge(engine, "fake")
     with pytest.raises(EngineError, match="the grammar failed"):
         ask(judge, precision_prompt())
-    with pytest.raises(RunError, match="the card is gone; run again to go on from here"):
+    with pytest.raises(RunError, match="the judge stopped: the card is gone; what was judged is safe"):
         ask(judge, precision_prompt())
     engine.close()
 
