@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from ragate import catalog
 from ragate.endpoint import is_url, shown
@@ -15,29 +20,28 @@ from ragate.errors import CatalogError, RagateError
 if TYPE_CHECKING:
     from ragate.config import Settings
 
+USUAL_TOKENS = 2000
+"""Tokens of a usual call of the judge, prompt and answer."""
+
 
 def findings(settings: Settings) -> Iterator[str]:
     """Lines of the report, most basic first."""
-    import torch
-
     yield f"python      {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     packages = ("ragate", "torch", "transformers", "ragas")
     yield "versions    " + ", ".join(f"{name} {_version(name)}" for name in packages)
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    yield f"card        {card}"
-    yield f"kernels     {_kernels(settings)}"
+    choice, problem = _judge(settings)
+    yield f"card        {_card()}"
+    yield f"kernels     {_kernels(settings, choice)}"
     here = [m.name for m in catalog.models() if catalog.is_cached(m.name)]
     yield f"models      {', '.join(here) or 'none yet'} in {catalog.cache_folder()}"
-    if is_url(settings.judge):
-        yield f"judge       {shown(settings.judge)}"
+    if choice is None:
+        yield f"judge       {problem}"
     else:
-        try:
-            choice = catalog.resolve_judge(settings.judge, settings.device, pull=False)
-            yield f"judge       {choice.name or choice.path}"
-            if choice.note:
-                yield f"            {choice.note}"
-        except CatalogError as e:
-            yield f"judge       {settings.judge}: {e}"
+        yield f"judge       {choice.name or choice.path}"
+        if choice.note:
+            yield f"            {choice.note}"
+        if room := _room(settings, choice):
+            yield f"            {room}"
     yield f"target      {shown(settings.target)}"
     try:
         from ragate.suite import baseline_of_suite, load_suite
@@ -65,14 +69,105 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _kernels(settings: Settings) -> str:
+def _judge(settings: Settings) -> tuple[catalog.JudgeChoice | None, str]:
+    """The judge that is a file here; else `None` and what to say of it."""
+    if is_url(settings.judge):
+        return None, shown(settings.judge)
+    try:
+        return catalog.resolve_judge(settings.judge, settings.device, pull=False), ""
+    except CatalogError as e:
+        return None, f"{settings.judge}: {e}"
+
+
+def _card() -> str:
+    from ragate_engine import EngineError, devices
+
+    if reason := devices.why_no_card():
+        return f"none: {reason}"
+    try:
+        card = devices.card()
+    except EngineError as e:
+        return str(e)
+    capability = ".".join(map(str, card.capability))
+    memory = f"{card.free / 2**30:.1f} of {card.total / 2**30:.1f} GiB free"
+    return f"{card.name}, compute capability {capability}, {memory}, driver {_driver()}"
+
+
+def _driver() -> str:
+    """The version of the card's driver, which torch does not tell."""
+    if tool := shutil.which("nvidia-smi"):
+        command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+            return said.split()[0]
+        except (OSError, subprocess.SubprocessError, IndexError):
+            pass
+    return "unknown (no nvidia-smi)"
+
+
+def _kernels(settings: Settings, choice: catalog.JudgeChoice | None) -> str:
+    """Which kernels run; on a card each is tried, and those that do not compile are named."""
     from ragate_engine import EngineError
+    from ragate_engine.devices import pick_device
     from ragate_engine.kernels import cpu
-    from ragate_engine.runner import pick_device
 
     try:
         if pick_device(settings.device).type == "cuda":
-            return "Triton"
+            return f"Triton {_version('triton')}: {_tried(choice, 'cuda')}"
     except EngineError as e:
         return str(e)
+    except Exception as e:  # a compiler may fail with anything
+        return " ".join(f"they do not run here: {type(e).__name__}: {e}".split())[:300]
     return "C" if cpu.available() else "plain torch (slower): no C compiler found; install gcc or clang"
+
+
+def _tried(choice: catalog.JudgeChoice | None, device: Literal["cpu", "cuda"]) -> str:
+    """The backend that an engine ends up with for a model of the judge's shapes: one layer of it, made up, answers."""
+    import torch
+
+    from ragate_engine import Engine, EngineConfig, ModelConfig, SamplingParams
+    from ragate_engine.trial import ROWS, small_model
+    from ragate_engine.weights import Checkpoint, names, open_checkpoint
+
+    model = ModelConfig("llama", 1024, 512, 1024, 1, 8, 2, 64, 1024)
+    if choice is not None:
+        model = replace(small_model(open_checkpoint(choice.path).config), max_len=1024)
+    tensors = {
+        name: partial(torch.full, shape, 1e-2, dtype=torch.bfloat16)
+        for name, shape in names.expected(model).items()
+    }
+    config = EngineConfig(device=device, max_batch=1, max_len=2 * ROWS[0], kv_bytes=64 << 20)
+    with Engine(Checkpoint(Path("made"), model, None, tensors, "bfloat16", files=()), config) as engine:
+        engine.submit([1] * ROWS[0], SamplingParams(max_tokens=3)).result(timeout=300)
+        backend = engine.describe()["backend"]
+    return backend if "(" in backend else f"{backend}, all compiled"
+
+
+def _room(settings: Settings, choice: catalog.JudgeChoice) -> str | None:
+    """How much KV cache the judge gets on the card, or why it does not fit; `None` where it runs on the CPU."""
+    import torch
+
+    from ragate_engine import EngineConfig, EngineError, budget, devices
+    from ragate_engine.kv import block_bytes
+    from ragate_engine.weights import open_checkpoint
+
+    try:
+        if devices.pick_device(settings.device).type == "cpu":
+            return None
+        from ragate_engine.card import MAX_PARTS
+
+        checkpoint = open_checkpoint(choice.path)
+        kv = None if settings.kv_gib is None else int(settings.kv_gib * 2**30)
+        config = EngineConfig(max_batch=settings.max_batch, kv_bytes=kv)
+        kept = torch.bfloat16 if settings.kv_dtype == "auto" else torch.float8_e4m3fn
+        block = block_bytes(checkpoint.config, kept)
+        need = budget.need_of(checkpoint.config, checkpoint.parameters, config, 2, block, MAX_PARTS)
+        blocks = budget.kv_blocks(devices.card(), need)
+    except EngineError as e:
+        return f"it does not fit: {e}"
+    except ImportError as e:
+        return f"its kernels cannot be loaded: {e}"
+    at_once = budget.requests_that_fit(blocks, USUAL_TOKENS)
+    return (
+        f"{blocks:,} KV blocks of 16 tokens: room for {at_once:,} requests of {USUAL_TOKENS:,} tokens at once"
+    )
