@@ -15,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from ragate_engine.kernels import HeadShape, LayerKV, StepInputs, reference
 from ragate_engine.kernels.triton import plan as planner
@@ -32,9 +33,20 @@ Run = tuple[int, int, int]
 
 
 @pytest.fixture(autouse=True)
-def _wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few large tiles: the interpreter takes its time for each, however large."""
+def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few large tiles, each of which costs the interpreter the same; products whose order of sums cannot be seen.
+
+    numpy's float32 product adds in an order that depends on the tile; on a card tl.dot's does not (tests/gpu).
+    """
     use_tiles(monkeypatch, 16, 128)
+
+    def create_dot(
+        self: object, a: TensorHandle, b: TensorHandle, d: TensorHandle, *_: object
+    ) -> TensorHandle:
+        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)) + d.data
+        return TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
 def use_tiles(monkeypatch: pytest.MonkeyPatch, small: int, big: int) -> None:
@@ -177,9 +189,9 @@ def test_attention_equals_the_textbook_for_every_head_size_and_ratio(shape: Head
 def test_windows_and_soft_caps_hold_across_chunks_whether_split_or_not(
     window: int | None, cap: float | None, multiprocessors: int
 ) -> None:
-    pool = Pool([530, 530], HeadShape(4, 2, 16, 16))
-    out = pool.attend([(1, 529, 1), (0, 400, 130)], multiprocessors, window, cap)
-    expected = torch.cat([pool.textbook(1, window, cap)[529:], pool.textbook(0, window, cap)[400:]])
+    pool = Pool([530, 530], HeadShape(4, 1, 16, 16))
+    out = pool.attend([(1, 529, 1), (0, 440, 90)], multiprocessors, window, cap)
+    expected = torch.cat([pool.textbook(1, window, cap)[529:], pool.textbook(0, window, cap)[440:]])
     assert torch.allclose(out.double(), expected, atol=1e-5)
 
 
@@ -212,7 +224,7 @@ def test_an_8_bit_cache_with_scales_is_read_as_its_values_times_their_scale(
 
 
 @pytest.mark.parametrize(
-    ("tiles", "window"), [((16, 128), None), ((16, 128), 300), ((16, 16), None), ((128, 64), 300)]
+    ("tiles", "window"), [((16, 128), None), ((16, 128), 300), ((16, 32), None), ((128, 64), 300)]
 )
 def test_a_row_has_the_same_bits_alone_grouped_split_direct_and_in_chunks(
     monkeypatch: pytest.MonkeyPatch, window: int | None, tiles: tuple[int, int]
@@ -231,7 +243,7 @@ def test_a_row_has_the_same_bits_alone_grouped_split_direct_and_in_chunks(
     assert torch.equal(pool.attend(last[:3], SMALL_CARD, window), expected[:3])
     assert torch.equal(pool.attend(last, SMALL_CARD, window), expected)
     assert torch.equal(pool.attend(last[:3], LARGE_CARD, window), expected[:3])
-    assert torch.equal(pool.attend([(0, 500, 100)], SMALL_CARD, window)[-1:], expected[:1])
+    assert torch.equal(pool.attend([(0, 540, 60)], SMALL_CARD, window)[-1:], expected[:1])
     assert torch.equal(pool.attend([(1, 524, 5)], LARGE_CARD, window)[-1:], expected[1:2])
     assert torch.equal(pool.attend([(3, 540, 20)], LARGE_CARD, window)[-1:], expected[3:4])
     assert torch.equal(pool.attend(last, LARGE_CARD, window, max_parts=7), expected)
@@ -326,7 +338,7 @@ def requests(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, HeadS
     return starts, counts, tables, shape
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=40)
 @given(requests(), st.sampled_from([1, 20, 132, 10**6]), st.sampled_from([0, 5, 60, 4096]))
 def test_every_row_reads_each_of_its_chunks_once(drawn, multiprocessors: int, max_parts: int) -> None:
     starts, counts, tables, shape = drawn

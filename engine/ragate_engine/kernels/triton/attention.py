@@ -106,7 +106,7 @@ def _result(acc, total, v_by):
     return acc * (v_by / total)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room", "window"])
 def _attention(
     qkv, k_cache, v_cache, k_scale, v_scale, out, partials, plan, positions, part_of, room,
     scale, window, cap,
@@ -220,7 +220,7 @@ def _attention(
         tl.extra.cuda.gdc_wait()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room", "window"])
 def _merge(
     partials, v_scale, out, plan, positions, part_of, room, window,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, G: tl.constexpr, CHUNK: tl.constexpr,

@@ -102,6 +102,14 @@ def plan_attention(
         )
     per_piece = BIG_LINES // group
     positions = starts + counts - 1
+    if len(counts) == int(counts.sum()) and int(positions.max()) < CHUNK:
+        # single tokens within their first chunk: there is nothing to share nor to split
+        items = np.zeros((len(counts), ITEM), np.int32)
+        items[:, FIRST_ROW], items[:, ROW_COUNT], items[:, END_CHUNK] = first_row, 1, 1
+        items[:, TABLE] = np.arange(len(counts))
+        items[:, LEAST] = items[:, LAST] = starts
+        items[:, PART] = -1
+        return AttentionPlan(items, items[:0], items[:, PART], 0)
     chunks = positions // CHUNK + 1
     pieces = -(-counts // per_piece)
     read = int((pieces * chunks).sum()) * shape.kv_heads / programs
