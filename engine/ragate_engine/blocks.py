@@ -13,15 +13,20 @@ ROOT = b""
 """Parent hash of a sequence's first block."""
 
 
-def chain_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """16-byte hash of a full block: it names the block's tokens and everything before them."""
-    return blake2b(parent + array("i", tokens).tobytes(), digest_size=16).digest()
-
-
 def extend_hashes(hashes: list[bytes], tokens: Sequence[int]) -> None:
-    """Append to `hashes` the chain hash of every full block of `tokens` that it lacks."""
-    for start in range(len(hashes) * BLOCK_SIZE, len(tokens) - BLOCK_SIZE + 1, BLOCK_SIZE):
-        hashes.append(chain_hash(hashes[-1] if hashes else ROOT, tokens[start : start + BLOCK_SIZE]))
+    """Append to `hashes` the chain hash of every full block of `tokens` that it lacks.
+
+    A chain hash (16 bytes of blake2b) names the tokens of a block and everything before them.
+    """
+    first, end = len(hashes), len(tokens) // BLOCK_SIZE
+    if first >= end:
+        return
+    content = array("i", tokens[first * BLOCK_SIZE : end * BLOCK_SIZE]).tobytes()
+    parent = hashes[-1] if hashes else ROOT
+    size = BLOCK_SIZE * 4
+    for at in range(0, len(content), size):
+        parent = blake2b(parent + content[at : at + size], digest_size=16).digest()
+        hashes.append(parent)
 
 
 class BlockPool:

@@ -108,7 +108,7 @@ class CardSteps:
 
         self.table_width = -(-max_len // BLOCK_SIZE)
         self._tables = np.zeros((max_batch, self.table_width), np.int32)
-        self._filled = np.zeros(max_batch, np.int32)
+        self._filled = [0] * max_batch
         self._owners: list[tuple[int, int]] = [(-1, -1)] * max_batch
         chunks = -(-max_len // CHUNK) + 1
         largest = self.buckets[-1]
@@ -140,16 +140,14 @@ class CardSteps:
     def launch(self, plan: StepPlan) -> CardFlight:
         """Queue the forward pass of a step."""
         rows = plan.rows
-        starts = np.array([row.start for row in rows], np.int32)
-        counts = np.array([row.count for row in rows], np.int32)
-        tables = self._block_tables(rows)
+        starts, counts, tables = self._gather(rows)
         turn = order(starts, counts, tables)
         starts, counts, tables = starts[turn], counts[turn], tables[turn]
         rows = tuple(rows[i] for i in turn.tolist())
         ids, position, owner, last = step_rows(rows, starts, counts)
         first = last + 1 - counts
         attention = plan_attention(first, starts, counts, tables, self.shape, device.programs(), MAX_PARTS)
-        wanting = np.array([i for i, row in enumerate(rows) if row.wants_logits], np.int32)
+        wanting = [i for i, row in enumerate(rows) if row.wants_logits]
         M, W = len(ids), len(wanting)
         bucket = next(b for b in self.buckets if b >= M)
 
@@ -174,7 +172,7 @@ class CardSteps:
                 if fresh:
                     self._forward(key)
         return CardFlight(
-            [rows[i] for i in wanting.tolist()], [], torch.cuda.Event(), np.empty((0, 0), np.int32)
+            [rows[i] for i in wanting], [], torch.cuda.Event(), np.empty((0, 0), np.int32)
         )
 
     def _forward(self, key: Shape) -> None:
@@ -216,25 +214,30 @@ class CardSteps:
             self._graphs[key] = graph
             graph.replay()
 
-    def _block_tables(self, rows: Sequence[Row]) -> Ints:
-        """Block tables [R, B] of the requests of `rows`, kept per place among the running and extended as they grow."""
-        widest = 1
-        places = []
+    def _gather(self, rows: Sequence[Row]) -> tuple[Ints, Ints, Ints]:
+        """Starts, counts [R] and block tables [R, B] of `rows`.
+
+        Tables are kept per place among the running requests and extended as they grow.
+        """
+        starts, counts, places, widest = [], [], [], 1
         for row in rows:
             request = row.request
             place, blocks = request.slot, request.blocks
+            listed = len(blocks)
             owner = (request.id, request.epoch)
-            filled = self._filled[place]
             if self._owners[place] != owner:
                 self._owners[place] = owner
-                filled = 0
-            if filled < len(blocks):
-                self._tables[place, filled : len(blocks)] = blocks[filled:]
-                self._filled[place] = len(blocks)
-            widest = max(widest, len(blocks))
+                self._filled[place] = 0
+            filled = self._filled[place]
+            if filled < listed:
+                self._tables[place, filled:listed] = blocks[filled:]
+                self._filled[place] = listed
+            if listed > widest:
+                widest = listed
+            starts.append(row.start)
+            counts.append(row.count)
             places.append(place)
-        tables: Ints = self._tables[places, :widest]
-        return tables
+        return np.array(starts, np.int32), np.array(counts, np.int32), self._tables[places, :widest]
 
     # ---- choice ----
 
@@ -247,38 +250,46 @@ class CardSteps:
             return
         asked = self._asked_host.next()
         asked[:W] = 0
-        asked[:W, 0] = mask_of
-        asked[:W, 1] = [
-            row.request.slot if valid else -1 for row, valid in zip(flight.rows, flight.valid, strict=True)
-        ]
-        sampling, count = False, 0
+        sampling, count, slots = False, 0, []
         for i, row in enumerate(flight.rows):
             params = row.request.params
-            count = max(count, params.logprobs)
+            slots.append(row.request.slot if flight.valid[i] else -1)
+            if params.logprobs > count:
+                count = params.logprobs
             if params.temperature > 0 and flight.valid[i]:
                 sampling = True
-                pack_row(asked, i, params, row.start + row.count, mask_of[i], row.request.slot)
+                pack_row(asked, i, params, row.start + row.count)
+        asked[:W, 0] = mask_of
+        asked[:W, 1] = slots
         top = padded_count(count)
+        most = next((b for b in self.buckets if W <= b < self.most_wanted), self.most_wanted)
         width = out_width(top)
-        out = self._out[: W * width].view(W, width)
         with torch.cuda.stream(self.stream):
             self._asked_host.send(self._asked, W)
-            mask = None
             if len(masks):
                 if self._masks_host is None:
                     self._masks_host = Pinned(self.most_wanted, self._mask_words)
                 self._masks_host.next()[: len(masks)] = masks
                 self._masks_host.send(self._masks, len(masks))
-                mask = self._masks
-            arguments = (self._pick, self._logits[:W], self._asked[:W], mask, out, self.sampled)
-            choose(*arguments)
-            if sampling:
-                sample(*arguments)
+            with self._graph(("choose", most, len(masks) > 0, top, sampling)) as fresh:
+                if fresh:
+                    self._choose(most, len(masks) > 0, top, sampling)
             self._turn ^= 1
-            host = self._out_host[self._turn][: W * width].view(W, width)
-            host.copy_(out, non_blocking=True)
+            host = self._out_host[self._turn][: W * width]
+            host.copy_(self._out[: W * width], non_blocking=True)
             flight.ready.record()
-        flight.out = host.numpy()
+        flight.out = host.view(W, width).numpy()
+
+    def _choose(self, most: int, masked: bool, top: int, sampling: bool) -> None:
+        """Launch the kernels of a choice among `most` rows, of which the plan buffer knows how many are real."""
+        width = out_width(top)
+        out = self._out[: most * width].view(most, width)
+        count = self._plan[WANTED : WANTED + 1]
+        mask = self._masks if masked else None
+        arguments = (self._pick, self._logits[:most], self._asked[:most], mask, out, self.sampled, count)
+        choose(*arguments)
+        if sampling:
+            sample(*arguments)
 
     def read(self, flight: Flight) -> Chosen:
         """Wait for what was chosen."""

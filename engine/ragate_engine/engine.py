@@ -25,7 +25,7 @@ from ragate_engine.errors import DeviceError, EngineClosedError, EngineError, Gr
 from ragate_engine.request import Completion, Request, SamplingParams, Status, TokenInfo, Usage
 from ragate_engine.runner import Runner
 from ragate_engine.scheduler import Scheduler
-from ragate_engine.steps import Flight
+from ragate_engine.steps import Chosen, Flight
 from ragate_engine.weights import Checkpoint, open_checkpoint
 from ragate_engine.weights.tokenizer import Tokenizer
 
@@ -65,6 +65,13 @@ class Engine:
         self._flight: Flight | None = None
         """The step that was launched and not yet read."""
         self._forget_prefixes = False
+        self._cancelled = threading.Event()
+        """Set when a future was cancelled, so that the loop looks for it."""
+        tokenizer = checkpoint.tokenizer
+        self._end_tokens = frozenset(tokenizer.eos_ids) if tokenizer is not None else frozenset()
+        self._texts: dict[int, str] = {}
+        """Tokens as text, as far as they were asked for."""
+        self._longest = self.max_len
         self._ids = itertools.count()
         self._inbox: list[Request] = []
         self._wake = threading.Condition()
@@ -124,6 +131,7 @@ class Engine:
             raise EngineError(f"the prompt holds a token id outside [0, {self._runner.vocab_size})")
         self._runner.check_length(len(prompt))
         future: Future[Completion] = Future()
+        future.add_done_callback(self._notice_cancel)
         request = Request(next(self._ids), list(prompt), len(prompt), params, future)
         if params.schema is not None:
             request.grammar = self._grammars.start(params.schema)
@@ -135,6 +143,10 @@ class Engine:
             self._inbox.append(request)
             self._wake.notify()
         return future
+
+    def _notice_cancel(self, future: Future[Completion]) -> None:
+        if future.cancelled():
+            self._cancelled.set()
 
     def usage(self) -> Usage:
         """A copy of the counters."""
@@ -224,12 +236,15 @@ class Engine:
         for request in arrived:
             self._usage.requests += 1
             self._usage.prompt_tokens += request.prompt_len
-            with self._failing_alone(request):
-                self._extend_by_grammar(request)
-        for request in [*self._scheduler.running, *self._scheduler.waiting]:
-            if request.future.cancelled():
-                self._scheduler.finish(request)
-                request.future.set_running_or_notify_cancel()  # wakes those who wait for it
+            if request.grammar is not None:
+                with self._failing_alone(request):
+                    self._extend_by_grammar(request)
+        if self._cancelled.is_set():
+            self._cancelled.clear()
+            for request in [*self._scheduler.running, *self._scheduler.waiting]:
+                if request.future.cancelled():
+                    self._scheduler.finish(request)
+                    request.future.set_running_or_notify_cancel()  # wakes those who wait for it
         return True
 
     @contextmanager
@@ -288,7 +303,7 @@ class Engine:
             request = row.request
             if not flight.valid[i]:
                 if request.epoch == row.epoch:
-                    request.pending = 0  # what this row brings is not the next token any more
+                    request.pending -= 1  # what this row brings is not the next token any more
                 continue
             if request.grammar is not None:
                 mask = np.zeros(words, np.int32)
@@ -311,80 +326,92 @@ class Engine:
         t1 = clock()
         self._usage.seconds["wait"] += t1 - t0
         for i, row in enumerate(flight.rows):
-            if not (flight.valid[i] and row.current):
+            request = row.request
+            if not flight.valid[i] or not row.current:
                 continue
-            request, params = row.request, row.request.params
-            request.pending = 0
-            token, lse = chosen.ids[i], chosen.lse[i]
-            with self._failing_alone(request):
-                if not math.isfinite(lse):
-                    raise EngineError("the model's output is not a number: its weights may be damaged")
-                if token < 0:
-                    raise GrammarError("the grammar allows no token here")
-                logprob: float | None = None
-                top: tuple[tuple[str, float], ...] = ()
-                if params.logprobs:
-                    logprob = chosen.logits[i] - lse
-                    best = zip(chosen.top_ids[i].tolist(), chosen.top_logits[i].tolist(), strict=True)
-                    top = tuple(
-                        (self._token_text(t), value - lse)
-                        for t, value in itertools.islice(best, params.logprobs)
-                        if t >= 0
-                    )
-                self._accept(request, token, logprob, top)
-                self._scheduler.publish(request)
+            request.pending -= 1
+            # no context manager here: this runs for every token
+            try:
+                self._take(request, chosen, i)
+            except EngineError as e:
+                self._fail(request, e)
+            except Exception as e:
+                self._fail(request, EngineError(f"this request failed: {type(e).__name__}: {e}"))
+            else:
+                if len(request.tokens) % BLOCK_SIZE == 0 or request.grammar is not None:
+                    self._scheduler.publish(request)
         self._usage.seconds["choose"] += clock() - t1
 
-    def _token_text(self, token: int) -> str:
-        return (
-            self._checkpoint.tokenizer.token_bytes(token).decode("utf-8", "replace")
-            if self._checkpoint.tokenizer
-            else ""
-        )
-
-    def _accept(
-        self, request: Request, token: int, logprob: float | None, top: tuple[tuple[str, float], ...]
-    ) -> None:
-        """Take a chosen token: end the request, or want it (and what the grammar forces after it) computed."""
-        tokenizer = self._checkpoint.tokenizer
+    def _take(self, request: Request, chosen: Chosen, i: int) -> None:
+        """Take the token chosen for a request: end it, or want the token (and what is forced after it) computed."""
+        params, token, lse = request.params, chosen.ids[i], chosen.lse[i]
+        if not math.isfinite(lse):
+            raise EngineError("the model's output is not a number: its weights may be damaged")
+        if token < 0:
+            raise GrammarError("the grammar allows no token here")
+        logprob: float | None = None
+        top: tuple[tuple[str, float], ...] = ()
+        if params.logprobs:
+            logprob = chosen.logits[i] - lse
+            ids = chosen.top_ids[i, : params.logprobs].tolist()
+            logits = chosen.top_logits[i, : params.logprobs].tolist()
+            top = tuple((self._token_text(t), x - lse) for t, x in zip(ids, logits, strict=True) if t >= 0)
         if request.grammar is not None:
             request.grammar.consume(token)
-        if tokenizer is not None and token in tokenizer.eos_ids and not request.params.ignore_eos:
+        if token in self._end_tokens and not params.ignore_eos:
             self._complete(request, "stop")
             return
-        self._extend(request, [token], logprob=logprob, top=top)
-        if not request.done:
+        self._append(request, token, False, logprob, top)
+        if request.grammar is not None and not request.done:
             self._extend_by_grammar(request)
+        elif self._too_long(request) and not request.done:
+            self._complete(request, "length")
+
+    def _token_text(self, token: int) -> str:
+        text = self._texts.get(token)
+        if text is None:
+            tokenizer = self._checkpoint.tokenizer
+            text = tokenizer.token_bytes(token).decode("utf-8", "replace") if tokenizer else ""
+            self._texts[token] = text
+        return text
 
     def _extend_by_grammar(self, request: Request) -> None:
-        """Append what the grammar forces; end the request where it is complete."""
-        if request.grammar is None:
-            return
-        self._extend(request, request.grammar.forced(), forced=True)
-        if not request.done and request.grammar.complete:
-            self._complete(request, "stop")
-
-    def _extend(
-        self,
-        request: Request,
-        tokens: list[int],
-        *,
-        forced: bool = False,
-        logprob: float | None = None,
-        top: tuple[tuple[str, float], ...] = (),
-    ) -> None:
-        """Append output tokens, up to a stop string, the token limit or the window."""
-        tokenizer = self._checkpoint.tokenizer
-        for i, token in enumerate(tokens):
-            if forced and tokenizer is not None and token in tokenizer.eos_ids:
+        """Append what the grammar forces; end the request where it is complete, or too long."""
+        assert request.grammar is not None
+        for token in request.grammar.forced():
+            if self._too_long(request):
+                self._complete(request, "length")
+                return
+            if token in self._end_tokens:
                 self._complete(request, "stop")
                 return
-            request.tokens.append(token)
-            request.output.append(TokenInfo(token, len(request.text), forced, logprob, top))
-            self._usage.tokens_out += 1
-            self._usage.tokens_forced += forced
-            if tokenizer is not None:
-                request.text += request.decoder.decode(tokenizer.token_bytes(token))
+            self._append(request, token, True, None, ())
+            if request.done:
+                return
+        if request.grammar.complete:
+            self._complete(request, "stop")
+        elif self._too_long(request):
+            self._complete(request, "length")
+
+    def _too_long(self, request: Request) -> bool:
+        """Whether a request has all the tokens that its limit or the window allows."""
+        return len(request.output) >= request.params.max_tokens or len(request.tokens) >= self._longest
+
+    def _append(
+        self,
+        request: Request,
+        token: int,
+        forced: bool,
+        logprob: float | None,
+        top: tuple[tuple[str, float], ...],
+    ) -> None:
+        """Append an output token; end the request where a stop string is complete."""
+        request.tokens.append(token)
+        request.output.append(TokenInfo(token, len(request.text), forced, logprob, top))
+        self._usage.tokens_out += 1
+        self._usage.tokens_forced += forced
+        if self._checkpoint.tokenizer is not None:
+            request.text += request.decoder.decode(self._checkpoint.tokenizer.token_bytes(token))
             for stop in request.params.stop:
                 at = request.text.find(stop)
                 if at >= 0:
@@ -392,13 +419,6 @@ class Engine:
                     request.decoder.reset()
                     self._complete(request, "stop")
                     return
-            last = i == len(tokens) - 1
-            complete = last and request.grammar is not None and request.grammar.complete
-            if not complete and (
-                len(request.output) >= request.params.max_tokens or len(request.tokens) >= self.max_len
-            ):
-                self._complete(request, "length")
-                return
 
     def _complete(self, request: Request, finish: str) -> None:
         request.text += request.decoder.decode(b"", final=True)

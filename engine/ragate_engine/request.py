@@ -6,7 +6,7 @@ import codecs
 import enum
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ragate_engine.errors import ConfigError
 
@@ -52,8 +52,7 @@ class SamplingParams:
             raise ConfigError("top_k and logprobs must not be negative")
 
 
-@dataclass(frozen=True)
-class TokenInfo:
+class TokenInfo(NamedTuple):
     """One token of a completion.
 
     `start` is its character offset in `Completion.text`; `forced` tokens were the only ones the grammar
@@ -106,7 +105,7 @@ class Request:
     computed: int = 0
     """Tokens whose KV is in blocks, or will be by the steps that were launched."""
     pending: int = 0
-    """Sampled tokens that a launched step will bring: 0 or 1."""
+    """Tokens that launched steps will bring: at most 1 when a step is planned."""
     epoch: int = 0
     """Raised by a preemption: what steps of an earlier epoch bring is dropped (it will come again, the same)."""
     slot: int = -1

@@ -25,6 +25,8 @@ class Scheduler:
         self.max_step_tokens = max_step_tokens
         self.usage = usage
         self._slots = list(range(max_batch))[::-1]
+        # of the running requests: blocks in their tables, tokens computed, slots a contiguous allocator would reserve
+        self._listed = self._computed = self._reserved = 0
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
@@ -37,12 +39,21 @@ class Scheduler:
         rows: list[Row] = []
         budget = self.max_step_tokens
         for request in list(self.running):
-            if request.status is not Status.RUNNING:
-                continue  # preempted by an earlier row of this plan
-            count = min(request.missing, budget)
-            if count and not self._ending(request) and self._reserve(request, request.computed + count):
-                rows.append(self._row(request, count))
-                budget -= count
+            if budget == 0:
+                break
+            wanted = len(request.tokens) + request.pending
+            count = min(wanted - request.computed, budget)
+            if (
+                count <= 0
+                or request.status is not Status.RUNNING
+                or (request.pending and self._ending(request))
+            ):
+                continue  # nothing to do, preempted by an earlier row of this plan, or its last token is on its way
+            reach = request.computed + count
+            if reach > len(request.blocks) * BLOCK_SIZE and not self._reserve(request, reach):
+                continue
+            rows.append(Row(request, request.computed, count, reach == wanted, request.epoch))
+            budget -= count
         # newcomers come after those that run, and never preempt them
         pending = {h for r in self.running for h in self._uncomputed(r)} if self.waiting else set()
         for request in list(self.waiting):
@@ -54,8 +65,9 @@ class Scheduler:
             if not self._admit(request):
                 break
             count = min(request.missing, budget)
-            self._reserve(request, request.computed + count)
-            rows.append(self._row(request, count))
+            reach = request.computed + count
+            self._reserve(request, reach)
+            rows.append(Row(request, request.computed, count, reach == len(request.tokens), request.epoch))
             budget -= count
             pending.update(self._uncomputed(request))
         return StepPlan(tuple(rows))
@@ -67,9 +79,11 @@ class Scheduler:
         """
         for row in plan.rows:
             request = row.request
-            request.computed = row.start + row.count
-            request.pending = int(row.wants_logits)
-            self.publish(request)
+            request.computed += row.count
+            request.pending += row.wants_logits
+            self._computed += row.count
+            if request.computed // BLOCK_SIZE > request.committed:
+                self.publish(request)
         self._count_slots()
 
     def publish(self, request: Request) -> None:
@@ -87,6 +101,7 @@ class Scheduler:
         if request.status is Status.RUNNING:
             self.running.remove(request)
             self._slots.append(request.slot)
+            self._joins(request, -1)
         elif request.status is Status.WAITING:
             self.waiting.remove(request)
         self._release(request)
@@ -97,26 +112,24 @@ class Scheduler:
         """Assert that every block is held by exactly the requests that list it."""
         self.pool.check([request.blocks for request in self.running])
 
-    def _row(self, request: Request, count: int) -> Row:
-        wants_logits = request.computed + count == len(request.tokens) + request.pending
-        return Row(request, request.computed, count, wants_logits, request.epoch)
-
     def _ending(self, request: Request) -> bool:
         """Whether the token that is being sampled is the last one allowed, so that nothing comes after it."""
-        return bool(request.pending) and (
-            len(request.output) + 1 >= request.params.max_tokens or len(request.tokens) + 1 >= self.max_len
-        )
+        return len(request.output) + 1 >= request.params.max_tokens or len(request.tokens) + 1 >= self.max_len
 
     def _count_slots(self) -> None:
+        """Add this step to the counters of KV slots."""
         usage = self.usage
-        held = (self.pool.num_blocks - self.pool.free_blocks) * BLOCK_SIZE
-        reserved = sum(r.prompt_len + r.params.max_tokens for r in self.running)
-        written = sum(r.computed for r in self.running)
-        usage.kv_slots_held += held
         # blocks that are shared are full: what is unused is in the last blocks, which are private
-        usage.kv_slots_unused += sum(len(r.blocks) for r in self.running) * BLOCK_SIZE - written
-        usage.kv_slots_contiguous += reserved
-        usage.kv_slots_contiguous_unused += max(0, reserved - written)
+        usage.kv_slots_held += (self.pool.num_blocks - self.pool.free_blocks) * BLOCK_SIZE
+        usage.kv_slots_unused += self._listed * BLOCK_SIZE - self._computed
+        usage.kv_slots_contiguous += self._reserved
+        usage.kv_slots_contiguous_unused += self._reserved - self._computed
+
+    def _joins(self, request: Request, sign: int) -> None:
+        """Count a request in (1) when it starts to run, or out (-1) when it stops."""
+        self._listed += sign * len(request.blocks)
+        self._computed += sign * request.computed
+        self._reserved += sign * min(request.prompt_len + request.params.max_tokens, self.max_len)
 
     def _uncomputed(self, request: Request) -> list[bytes]:
         """Hashes of the full blocks that a running request has yet to compute."""
@@ -142,6 +155,7 @@ class Scheduler:
         request.computed = len(found) * BLOCK_SIZE
         request.committed = len(found)
         request.slot = self._slots.pop()
+        self._joins(request, 1)
         if request.preempted:
             self.usage.rows_recomputed += request.rows_lost - request.computed
         else:
@@ -159,6 +173,7 @@ class Scheduler:
             fresh = self.pool.allocate(need)
             if fresh is not None:
                 request.blocks.extend(fresh)
+                self._listed += need
                 return True
             youngest = self.running[-1]
             self._preempt(youngest)
@@ -170,6 +185,7 @@ class Scheduler:
         """Back to the head of the queue: it keeps its tokens and computes them again, to the same bits."""
         self.running.remove(request)
         self._slots.append(request.slot)
+        self._joins(request, -1)
         request.slot, request.pending, request.epoch = -1, 0, request.epoch + 1
         request.rows_lost = max(request.computed, request.rows_lost)
         request.preempted = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ragate_engine.blocks import BlockPool, chain_hash, extend_hashes
+from ragate_engine.blocks import BlockPool, extend_hashes
 
 
 def hashes_of(tokens: list[int]) -> list[bytes]:
@@ -19,7 +19,10 @@ def test_a_chain_hash_names_everything_before_it() -> None:
     same_tail_b = hashes_of([2] * 16 + [5] * 16)
     assert same_tail_a[1] != same_tail_b[1]
     assert len(hashes_of([1] * 31)) == 1
-    assert same_tail_a[0] == chain_hash(b"", [1] * 16)
+    assert same_tail_a[0] == hashes_of([1] * 16)[0]
+    grown = hashes_of([1] * 16)
+    extend_hashes(grown, [1] * 16 + [5] * 16)
+    assert grown == same_tail_a
 
 
 def test_a_released_block_is_found_again_until_it_is_evicted() -> None:

@@ -121,6 +121,18 @@ def test_bits_do_not_depend_on_batch_chunk_cache_or_preemption(engine: Engine) -
     assert max(c.cached_tokens for c in alone) > 100
 
 
+def test_a_step_ahead_takes_no_more_steps() -> None:
+    steps = []
+    for overlap in (False, True):
+        with load(overlap=overlap) as other:
+            futures = [
+                other.submit([5 + i, 6, 7], SamplingParams(max_tokens=9, ignore_eos=True)) for i in range(3)
+            ]
+            assert all(len(f.result(timeout=60).tokens) == 9 for f in futures)
+            steps.append(other.usage().steps)
+    assert steps[0] <= steps[1] <= steps[0] + 2  # requests may arrive between steps
+
+
 def test_json_follows_the_schema_in_its_order_and_offsets_point_into_the_text(engine: Engine) -> None:
     c = ask(
         engine, "Is water wet? Give a reason and a verdict.\n", max_tokens=100, schema=VERDICT, logprobs=8

@@ -31,7 +31,7 @@ def run_to_end(scheduler: Scheduler, limit: int = 10_000) -> list[list[tuple[int
         scheduler.check()
         for row in plan.rows:
             if row.wants_logits and row.current:
-                row.request.pending = 0
+                row.request.pending -= 1
                 row.request.tokens.append(row.request.id)
                 if len(row.request.tokens) - row.request.prompt_len >= row.request.params.max_tokens:
                     scheduler.finish(row.request)

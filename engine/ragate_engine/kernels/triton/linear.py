@@ -22,6 +22,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ragate_engine.kernels.triton import device
 
+PREFETCH = 16
+"""Lines of 128 bytes of each weight row that are asked for before the kernel's turn has come."""
+
 
 class Tile(NamedTuple):
     """How a product is cut: kernel, rows, columns and K items of a tile, warps, pipeline stages."""
@@ -66,17 +69,25 @@ def _act(acc, GELU: tl.constexpr):
 def _skinny(
     x, w, bias, y, count, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     COUNTED: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     ks = tl.arange(0, BK)
     # columns past the end read column 0, so that loads of whole tiles need no mask
-    w_at = w + tl.where(columns < N, columns, 0)[:, None].to(tl.int64) * K + ks[None, :]
+    w_at_row = w + tl.where(columns < N, columns, 0).to(tl.int64) * K
+    w_at = w_at_row[:, None] + ks[None, :]
     x_at = x + rows[:, None].to(tl.int64) * K + ks[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+        if PREFETCH > 0:
+            # the weights do not wait for the kernel before: their first lines of 128 bytes go to the L2 cache now
+            line = tl.arange(0, PREFETCH) * (128 // (w.dtype.element_ty.primitive_bitwidth // 8))
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1];\nmov.u32 $0, 0;", "=r,l", [w_at_row[:, None] + line[None, :]],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
         tl.extra.cuda.gdc_wait()
     if COUNTED:
         M = tl.load(count)
@@ -212,10 +223,12 @@ def product(
             num_warps=tile.warps, **device.launch(),
         )  # fmt: skip
     else:
+        lines = K * x.element_size() // 128
+        prefetch = min(PREFETCH, 1 << (lines.bit_length() - 1)) if lines and M <= 16 else 0
         _skinny[(triton.cdiv(N, tile.columns), triton.cdiv(M, tile.rows))](
             x, packed.weight, bias if bias is not None else x, y, rows if rows is not None else x, M, N, K,
             tile.rows, tile.columns, tile.inner, K % tile.inner == 0, rows is not None, bias is not None, packed.gated,
-            gelu, tile.stages, device.PDL, num_warps=tile.warps, num_stages=tile.stages, **device.launch(),
+            gelu, tile.stages, prefetch, device.PDL, num_warps=tile.warps, num_stages=tile.stages, **device.launch(),
         )  # fmt: skip
     return y
 
