@@ -99,6 +99,17 @@ def test_dequantizing_to_another_dtype_rounds_once_at_the_end():
     assert torch.equal(tensor.dequantize(torch.bfloat16), tensor.dequantize().to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_dequantized_some_rows_at_a_time_are_those_dequantized_at_once(dtype, monkeypatch):
+    for kind in (Kind.Q4_1, Kind.Q6_K):
+        tensor = decoded(kind, random_blocks(kind, 7, 512, np.random.default_rng(5)))
+        whole = tensor.dequantize(dtype)
+        with monkeypatch.context() as patch:
+            patch.setattr(QuantTensor, "_rows_at_once", 3)
+            assert torch.equal(tensor.dequantize(dtype), whole)
+    assert tensor.rows(slice(0, 0)).dequantize(dtype).shape == (0, 512)
+
+
 def test_codes_and_scales_that_do_not_fit_are_refused():
     codes, scales = torch.zeros(2, 64, dtype=torch.uint8), torch.ones(2, 2)
     with pytest.raises(ValueError, match="groups of 48"):

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 
 
+CHUNK_WEIGHTS = 1 << 26
+"""Dequantized at a time on a card."""
+
+
 @dataclass(frozen=True)
 class QuantTensor:
     """A weight matrix [out_features, in_features], affine in groups of consecutive weights of a row.
@@ -59,12 +63,15 @@ class QuantTensor:
         offsets = None if self.offsets is None else self.offsets[index]
         return QuantTensor(self.bits, self.group, codes, scales, offsets, (codes.shape[0], self.shape[1]))
 
+    @property
+    def _rows_at_once(self) -> int:
+        """On a card the float32 form must stay small beside the weights; on a CPU threads want whole tensors."""
+        return max(1, self.shape[0] if self.device.type == "cpu" else CHUNK_WEIGHTS // self.shape[1])
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights [out, in]: computed in float32, bit by bit as ggml does, then cast to `dtype`."""
         out = torch.empty(self.shape, dtype=dtype, device=self.device)
-        # in a CPU's cache the float32 form is free, and beside the weights on a card it must stay small
-        weights = (1 << 18) * torch.get_num_threads() if self.device.type == "cpu" else 1 << 26
-        step = max(1, weights // self.shape[1])
+        step = self._rows_at_once
         wide = out if dtype == torch.float32 else out.new_empty((step, self.shape[1]), dtype=torch.float32)
         for first in range(0, self.shape[0], step):
             rows = slice(first, first + step)
