@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-
 CHUNK_WEIGHTS = 1 << 26
 """Dequantized at a time on a card."""
 
