@@ -276,7 +276,7 @@ class _Lane:
         card = device.type == "cuda"
         if card:
             torch.cuda.set_device(device)  # of this thread
-        self._stream = torch.cuda.Stream(device) if card else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device) if card else None
         self._buffers = [torch.empty(chunk_bytes, dtype=torch.uint8, pin_memory=card) for _ in range(2)]
         self._copied: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
@@ -317,6 +317,6 @@ def _event(device: torch.device) -> torch.cuda.Event | None:
     """What happens when all that the current stream has been given is done; `None` on a CPU."""
     if device.type != "cuda":
         return None
-    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # who waits for it sleeps
+    event = torch.cuda.Event(blocking=True)  # who waits for it sleeps
     event.record()
     return event
