@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,8 @@ def open_engine(path: Path, progress: Callable[[int, int], None] = lambda done, 
     with _lock:
         if path not in _engines:
             _engines[path] = Engine.load(path, _config, progress)
+            # what is loaded by now stays: the collector need not walk it again for every few thousand tokens
+            gc.freeze()
         return _engines[path]
 
 

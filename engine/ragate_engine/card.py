@@ -43,6 +43,12 @@ MAX_PARTS = 16384
 """Partial results of attention that there is room for; what needs more is not split."""
 
 
+def buckets_of(max_step_tokens: int) -> list[int]:
+    """The padded row counts of steps of up to `max_step_tokens` rows."""
+    largest = next((b for b in BUCKETS if b >= max_step_tokens), max_step_tokens)
+    return [*(b for b in BUCKETS if b < largest), largest]
+
+
 @dataclass(eq=False)
 class CardFlight(Flight):
     """A step on the card, and where its choice will be."""
@@ -97,8 +103,7 @@ class CardSteps:
         self.kv = kv
         model = decoder.config
         card = torch.device("cuda")
-        self.buckets = [b for b in BUCKETS if b < max_step_tokens]
-        self.buckets.append(next(b for b in BUCKETS if b >= max_step_tokens))
+        self.buckets = buckets_of(max_step_tokens)
         self.most_wanted = -(-max_batch // 16) * 16
         self.shape = decoder.layers[0].shape
         self.use_graphs = config.cuda_graphs
@@ -171,9 +176,7 @@ class CardSteps:
             with self._graph(key) as fresh:
                 if fresh:
                     self._forward(key)
-        return CardFlight(
-            [rows[i] for i in wanting], [], torch.cuda.Event(), np.empty((0, 0), np.int32)
-        )
+        return CardFlight([rows[i] for i in wanting], [], torch.cuda.Event(), np.empty((0, 0), np.int32))
 
     def _forward(self, key: Shape) -> None:
         """Launch the kernels of a pass over the plan buffer."""

@@ -21,7 +21,8 @@ import torch
 
 from ragate_engine.blocks import BlockPool
 from ragate_engine.config import BLOCK_SIZE, EngineConfig
-from ragate_engine.errors import DeviceError, EngineClosedError, EngineError, GrammarError, PromptTooLongError
+from ragate_engine.devices import failure, pick_device, wake
+from ragate_engine.errors import EngineClosedError, EngineError, GrammarError, PromptTooLongError
 from ragate_engine.request import Completion, Request, SamplingParams, Status, TokenInfo, Usage
 from ragate_engine.runner import Runner
 from ragate_engine.scheduler import Scheduler
@@ -54,6 +55,7 @@ class Engine:
         self.config = config or EngineConfig()
         started = time.perf_counter()
         self._checkpoint = checkpoint
+        checkpoint.hash_ahead()  # the fingerprint will want it, and a large file takes seconds
         self._runner = Runner(checkpoint, self.config, progress)
         self._usage = Usage(
             seconds={"load": time.perf_counter() - started, "plan": 0, "launch": 0, "wait": 0, "choose": 0}
@@ -91,6 +93,8 @@ class Engine:
 
         Raises ModelFileError, ConfigError, DeviceError or OutOfMemoryError, each with one sentence.
         """
+        config = config or EngineConfig()
+        wake(pick_device(config.device))
         return cls(open_checkpoint(path), config, progress)
 
     @property
@@ -204,11 +208,7 @@ class Engine:
                 self._step()
             self._fail_all(EngineClosedError("the engine was closed before this request was done"))
         except BaseException as e:  # a panic in a native library too: every future must be resolved
-            error = (
-                e
-                if isinstance(e, EngineError)
-                else DeviceError(f"the engine stopped: {type(e).__name__}: {e}")
-            )
+            error = failure(e, self._runner.device_name)
             error.__cause__ = e if error is not e else None
             with self._wake:
                 self._failure = error

@@ -38,3 +38,10 @@ class KVCache:
             raise OutOfMemoryError(
                 f"no memory for {need / 2**30:.1f} GiB of KV cache on {device}: ask for less with kv_gib"
             ) from e
+
+    def scale(self, ranges: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Set what 8-bit values are multiplied by: `ranges` are, per layer, the sizes [kv_heads] of K and V."""
+        for i, (k, v) in enumerate(ranges):
+            layer = self.layers[i]
+            limit = torch.finfo(layer.k.dtype).max
+            self.layers[i] = layer._replace(k_scale=(k / limit).float(), v_scale=(v / limit).float())

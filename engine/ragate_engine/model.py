@@ -77,6 +77,22 @@ class Layer:
             out = ops.rms_norm(out, None, self.mlp_post_norm, eps, rows)
         return out
 
+    def kv_range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """How large K and V may become, per KV head: six standard deviations for inputs of unit size.
+
+        From weights alone, so that an 8-bit cache has the same scales whatever was computed before.
+        """
+        shape = self.shape
+        gain = self.attn_norm.float()
+        size = (self.qkv.packed.weight.float() * gain).norm(dim=1) * 6
+        if self.qkv.bias is not None:
+            size = size + self.qkv.bias.float().abs()
+        heads = size.view(-1, shape.head_dim).amax(1)
+        k, v = heads[shape.heads : shape.heads + shape.kv_heads], heads[shape.heads + shape.kv_heads :]
+        if self.k_norm is not None:  # a normed head has at most this size, whatever its weights
+            k = torch.full_like(k, float(self.k_norm.float().abs().max()) * shape.head_dim**0.5)
+        return k, v
+
 
 class Decoder:
     """Embedding, layers, final norm and output head."""
@@ -101,9 +117,14 @@ class Decoder:
             progress(i + 1, config.num_layers + 1)
         self.embedding = Embedding(load("embed"), config.embed_scale, kernels, dtype, device)
         self.final_norm = dense(load("final_norm"), dtype, device).contiguous()
-        head = load("embed" if config.tie_embeddings else "lm_head")
-        self.head = Linear([head], [], kernels, dtype, device)
+        # a dense table is the head too where they are tied; a packed one (on a CPU) is unpacked for it
+        table = self.embedding.weight if config.tie_embeddings else load("lm_head")
+        self.head = Linear([table], [], kernels, dtype, device)
         progress(config.num_layers + 1, config.num_layers + 1)
+
+    def kv_ranges(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """`Layer.kv_range` of every layer."""
+        return [layer.kv_range() for layer in self.layers]
 
     def forward(
         self, ids: torch.Tensor, step: StepInputs, kv: KVCache, out: torch.Tensor | None = None

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
+from types import ModuleType
 
 import torch
 
-from ragate_engine.config import BLOCK_SIZE, MAX_LEN, EngineConfig
-from ragate_engine.errors import DeviceError, OutOfMemoryError, PromptTooLongError
-from ragate_engine.kernels import choose
+from ragate_engine import budget
+from ragate_engine.config import BLOCK_SIZE, MAX_LEN, EngineConfig, ModelConfig
+from ragate_engine.devices import card, pick_device
+from ragate_engine.errors import ConfigError, OutOfMemoryError, PromptTooLongError
+from ragate_engine.kernels import choose, reference
+from ragate_engine.kernels.fallback import checked
 from ragate_engine.kv import KVCache, block_bytes
 from ragate_engine.model import Decoder
 from ragate_engine.steps import HostSteps, Steps
+from ragate_engine.trial import run_steps
 from ragate_engine.weights import Checkpoint
 
 CPU_KV_BYTES = 2 << 30
-
-
-def pick_device(wanted: str) -> torch.device:
-    """`auto` is the card where there is one. Raises DeviceError where `cuda` is asked for and missing."""
-    if wanted == "cpu":
-        return torch.device("cpu")
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if wanted == "cuda":
-        raise DeviceError(
-            "no NVIDIA card is usable here (torch.cuda.is_available() is false): use device cpu or auto"
-        )
-    return torch.device("cpu")
+CPU_BATCH = 64
+CPU_STEP_TOKENS = 512
+KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
 class Runner:
@@ -40,80 +36,153 @@ class Runner:
         config: EngineConfig,
         progress: Callable[[int, int], None] = lambda d, t: None,
     ) -> None:
+        self.config = config
         self.device = pick_device(config.device)
+        on_card = self.device.type == "cuda"
         self.dtype = {
-            "auto": torch.float32 if self.device.type == "cpu" else torch.bfloat16,
+            "auto": torch.bfloat16 if on_card else torch.float32,
             "float32": torch.float32,
             "bfloat16": torch.bfloat16,
             "float16": torch.float16,
         }[config.dtype]
+        if config.kv_dtype != "auto" and not on_card:
+            raise ConfigError(f"kv_dtype {config.kv_dtype} needs an NVIDIA card: leave it out on a CPU")
+        kv_dtype = KV_DTYPES.get(config.kv_dtype, self.dtype)
+        self.max_batch = config.max_batch or (budget.CARD_BATCH if on_card else CPU_BATCH)
+        self.max_step_tokens = config.max_step_tokens or (
+            budget.CARD_STEP_TOKENS if on_card else CPU_STEP_TOKENS
+        )
+        self.overlap = on_card if config.overlap is None else config.overlap
+        """Whether a step is launched before the last one is read."""
+        self.device_name = "the CPU"
         model = checkpoint.config
+        self.vocab_size = model.vocab_size
+        self.window = model.max_len
+        if on_card:
+            self._load_on_card(checkpoint, kv_dtype, progress)
+        else:
+            self._load_on_cpu(checkpoint, progress)
+
+    def _load_on_cpu(self, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> None:
+        model, config = checkpoint.config, self.config
+        memory = CPU_KV_BYTES if config.kv_bytes is None else config.kv_bytes
         per_block = block_bytes(model, self.dtype)
         # the window is at most what the pool could hold: a file may claim any length, and rope tables are sized by it
-        self.max_len = min(
-            config.max_len or MAX_LEN, model.max_len, self._memory(config) // per_block * BLOCK_SIZE
-        )
+        self.max_len = min(config.max_len or MAX_LEN, model.max_len, memory // per_block * BLOCK_SIZE)
         if self.max_len < 2 * BLOCK_SIZE:
             raise OutOfMemoryError(
                 f"the KV cache has room for {self.max_len} tokens of {per_block // BLOCK_SIZE} bytes each: "
                 "give it more with kv_gib"
             )
         # the C kernels hold float32 and walk a head sixteen floats at a time
-        plain = self.device.type == "cpu" and (
-            self.dtype != torch.float32 or model.head_dim % BLOCK_SIZE != 0
-        )
+        plain = self.dtype != torch.float32 or model.head_dim % BLOCK_SIZE != 0
         self.kernels, self.backend = choose(self.device, "reference" if plain else config.kernels)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.own_threads = hasattr(self.kernels, "set_threads")
-        """Whether the kernels bring their own threads."""
-        if self.own_threads:
+        if hasattr(self.kernels, "set_threads"):
             self.kernels.set_threads(config.threads or os.cpu_count() or 1)
-        try:
-            self.decoder = Decoder(
-                model, checkpoint.load, self.kernels, self.dtype, self.device, self.max_len, progress
-            )
-        except torch.OutOfMemoryError as e:
-            free = torch.cuda.mem_get_info()[0] / 2**30
-            raise OutOfMemoryError(
-                f"the weights of this model do not fit {self.device} ({free:.1f} GiB left): "
-                "use a smaller model or device cpu"
-            ) from e
+        self.decoder = Decoder(
+            model, checkpoint.load, self.kernels, self.dtype, self.device, self.max_len, progress
+        )
         # never more than max_batch sequences of the longest kind could use
-        on_card = self.device.type == "cuda"
-        self.max_batch = config.max_batch or (1024 if on_card else 64)
-        self.max_step_tokens = config.max_step_tokens or (8192 if on_card else 512)
         most = self.max_batch * -(-self.max_len // BLOCK_SIZE)
-        blocks = min(self._kv_budget(config) // per_block, most)
-        self.kv = KVCache(model, blocks, self.kernels, self.dtype, self.device)
-        self.steps: Steps
-        if self.backend.startswith("triton"):
-            from ragate_engine.card import CardSteps
+        self.kv = KVCache(model, min(memory // per_block, most), self.kernels, self.dtype, self.device)
+        self.steps: Steps = HostSteps(self.decoder, self.kv, self.kernels, self.max_batch, self.device)
 
-            self.steps = CardSteps(
-                self.decoder, self.kv, self.max_batch, self.max_step_tokens, self.max_len, config
+    def _load_on_card(
+        self, checkpoint: Checkpoint, kv_dtype: torch.dtype, progress: Callable[[int, int], None]
+    ) -> None:
+        model, config = checkpoint.config, self.config
+        self.kernels, self.backend = choose(self.device, config.kernels)
+        own = self.backend.startswith("triton")
+        parts = 0
+        if own:
+            from ragate_engine.card import MAX_PARTS, buckets_of
+
+            parts = MAX_PARTS
+        here = card()
+        self.device_name = here.name
+        need = budget.need_of(
+            model, checkpoint.parameters, config, self.dtype.itemsize, block_bytes(model, kv_dtype), parts
+        )
+        # refused before a byte is read; a window longer than the pool is cut to it
+        self.max_len = min(need.window, budget.kv_blocks(here, need) * BLOCK_SIZE)
+        compiling = None
+        if own:
+            from ragate_engine.kernels.triton.ahead import compile_ahead
+
+            arguments = (
+                model,
+                self.dtype,
+                kv_dtype,
+                buckets_of(self.max_step_tokens),
+                -(-self.max_batch // 16) * 16,
             )
-        else:
-            self.steps = HostSteps(self.decoder, self.kv, self.kernels, self.max_batch, self.device)
-        self.overlap = on_card if config.overlap is None else config.overlap
-        """Whether a step is launched before the last one is read."""
-        self.vocab_size = model.vocab_size
-        self.window = model.max_len
+            compiling = threading.Thread(
+                target=compile_ahead, args=arguments, name="ragate-compile", daemon=True
+            )
+            compiling.start()
+        with checkpoint.stream(self.device) as load:
+            self.decoder = Decoder(model, load, self.kernels, self.dtype, self.device, self.max_len, progress)
+        fell: Mapping[str, str] = {}
+        if compiling is not None:
+            compiling.join()
+            found = checked(
+                self.kernels, reference, self._trial(model), together=frozenset({"attention", "pick"})
+            )
+            fell = found.fell
+            if fell:
+                self.kernels, self.backend = found.ops, found.name
+                with checkpoint.stream(self.device) as load:  # the layout of packed weights may be another
+                    self.decoder = Decoder(
+                        model, load, self.kernels, self.dtype, self.device, self.max_len, progress
+                    )
+        torch.cuda.empty_cache()  # what was read ahead goes back before free memory is measured
+        blocks = budget.kv_blocks(card(), need.loaded())
+        self.kv = KVCache(model, blocks, self.kernels, kv_dtype, self.device)
+        if kv_dtype != self.dtype:
+            self.kv.scale(self.decoder.kv_ranges())
+        self.steps = self._steps(
+            self.decoder,
+            self.kv,
+            self.max_batch,
+            self.max_step_tokens,
+            self.max_len,
+            self.kernels,
+            own and not fell,
+        )
+        torch.cuda.synchronize()  # steps run on a stream of their own
 
-    def _memory(self, config: EngineConfig) -> int:
-        """Bytes that KV blocks could have at most."""
-        if config.kv_bytes is not None:
-            return config.kv_bytes
-        if self.device.type == "cpu":
-            return CPU_KV_BYTES
-        return int(torch.cuda.get_device_properties(self.device).total_memory)
+    def _steps(
+        self,
+        decoder: Decoder,
+        kv: KVCache,
+        max_batch: int,
+        max_step_tokens: int,
+        max_len: int,
+        kernels: ModuleType,
+        own: bool,
+    ) -> Steps:
+        """Steps in graphs where all kernels are the card's own, else plain ones."""
+        if not own:
+            return HostSteps(decoder, kv, kernels, max_batch, self.device)
+        from ragate_engine.card import CardSteps
 
-    def _kv_budget(self, config: EngineConfig) -> int:
-        if config.kv_bytes is not None:
-            return config.kv_bytes
-        if self.device.type == "cpu":
-            return CPU_KV_BYTES
-        return int(torch.cuda.mem_get_info()[0] * 0.8)
+        return CardSteps(decoder, kv, max_batch, max_step_tokens, max_len, self.config)
+
+    def _trial(self, model: ModelConfig) -> Callable[[ModuleType, Mapping[str, str]], None]:
+        def trial(ops: ModuleType, fell: Mapping[str, str]) -> None:
+            run_steps(
+                model,
+                ops,
+                self.dtype,
+                self.device,
+                lambda decoder, kv, batch, rows, length: self._steps(
+                    decoder, kv, batch, rows, length, ops, not fell
+                ),
+            )
+
+        return trial
 
     def check_length(self, prompt_tokens: int) -> None:
         """Raise PromptTooLongError where a prompt leaves no room for an answer in window or pool."""

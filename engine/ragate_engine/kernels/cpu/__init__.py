@@ -24,7 +24,7 @@ import torch
 
 from ragate_engine.config import BLOCK_SIZE
 from ragate_engine.kernels import HeadShape, LayerKV, StepInputs
-from ragate_engine.kernels.reference import embed
+from ragate_engine.kernels.reference import embed as embed
 
 NAME = "cpu-1"
 SOURCE = Path(__file__).with_name("kernels.c")

@@ -78,16 +78,24 @@ class Tile(NamedTuple):
     registers: int | None = None
 
 
-def tile_for(lines: int, shape: HeadShape, dtype: torch.dtype) -> Tile:
-    """The tile for items of at most `lines` lines: 16 or 128."""
+def tile_for(lines: int, shape: HeadShape, dtype: torch.dtype, cache: torch.dtype, rows: int) -> Tile:
+    """The tile for items of at most `lines` lines (16 or 128) in a step of up to `rows` rows."""
     if dtype == torch.float32:
         return Tile(16, 4, 2, 2)
     wide = shape.head_dim > 128
+    if cache.itemsize == 1:
+        # 8-bit keys are widened in registers, in an order of their own for each kind of tile: one tile for all
+        return Tile(64, 8, 2, 1) if wide else Tile(64, 4, 2, 2)
     if lines == layout.SMALL_LINES:
-        return Tile(16, 4, 3, 1 if wide else 3)
+        if wide:
+            return Tile(16, 4, 3, 1)
+        return Tile(16, 4, 3, 3, 168) if shape.head_dim > 64 else Tile(16, 4, 3, 8)
     if wide:
         return Tile(64, 8, 2, 1)
-    return Tile(64, 4, 3, 2)
+    if shape.head_dim <= 64:
+        return Tile(64, 4, 3, 2)
+    # long runs want large tiles; shared chunks and forced tokens are many small items
+    return Tile(128, 8, 3, 2) if rows >= 1024 else Tile(64, 4, 2, 2)
 
 
 @triton.jit
@@ -291,7 +299,7 @@ def attention(
     ):
         if not wanted:
             continue
-        tile = tile_for(lines, shape, qkv.dtype)
+        tile = tile_for(lines, shape, qkv.dtype, kv.k.dtype, rows)
         tiles = triton.cdiv(lines // group, tile.lines // group)
         limit = {"maxnreg": tile.registers} if tile.registers else {}
         _attention[(device.programs() * tile.per_multiprocessor,)](

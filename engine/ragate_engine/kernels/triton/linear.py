@@ -22,8 +22,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ragate_engine.kernels.triton import device
 
-PREFETCH = 16
+PREFETCH = 8
 """Lines of 128 bytes of each weight row that are asked for before the kernel's turn has come."""
+PREFETCH_BYTES = 8 << 20
+"""Larger weights keep the memory busy by themselves, and asking ahead only disturbs their order."""
 
 
 class Tile(NamedTuple):
@@ -223,8 +225,8 @@ def product(
             num_warps=tile.warps, **device.launch(),
         )  # fmt: skip
     else:
-        lines = K * x.element_size() // 128
-        prefetch = min(PREFETCH, 1 << (lines.bit_length() - 1)) if lines and M <= 16 else 0
+        small = packed.weight.nbytes <= PREFETCH_BYTES and K * x.element_size() >= PREFETCH * 128
+        prefetch = PREFETCH if small and M <= 16 else 0
         _skinny[(triton.cdiv(N, tile.columns), triton.cdiv(M, tile.rows))](
             x, packed.weight, bias if bias is not None else x, y, rows if rows is not None else x, M, N, K,
             tile.rows, tile.columns, tile.inner, K % tile.inner == 0, rows is not None, bias is not None, packed.gated,

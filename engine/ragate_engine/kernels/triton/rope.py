@@ -39,7 +39,7 @@ def _rope_write_kv(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     m = tl.program_id(0)
-    if COUNTED:  # noqa: SIM102
+    if COUNTED:
         if m >= tl.load(rows):
             return
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)

@@ -72,7 +72,11 @@ def _rms_norm(h, x, weight, y, count, D, eps, BD: tl.constexpr, ADD: tl.constexp
 
 
 def rms_norm(
-    h: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor, eps: float, rows: torch.Tensor | None = None
+    h: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """h [M, D] += x [M, D] unless None; returns h / rms(h) * weight (Zhang & Sennrich 2019)."""
     y = torch.empty_like(h)
@@ -85,7 +89,9 @@ def rms_norm(
 
 
 @triton.jit
-def _last_norm(h, x, weight, y, wanted, count, D, eps, BD: tl.constexpr, COUNTED: tl.constexpr, PDL: tl.constexpr):
+def _last_norm(
+    h, x, weight, y, wanted, count, D, eps, BD: tl.constexpr, COUNTED: tl.constexpr, PDL: tl.constexpr
+):
     w = tl.program_id(0)
     d = tl.arange(0, BD)
     inside = d < D
