@@ -140,13 +140,11 @@ def _evaluate(
     stack: ExitStack,
 ) -> tuple[Run, Timings]:
     """Open judge, target and embeddings, and judge; heavy imports happen here."""
+    from concurrent.futures import ThreadPoolExecutor
+
     from ragate import session
-    from ragate.evaluate import evaluate
-    from ragate.metrics import metrics_named
-    from ragate.target import open_target
     from ragate_engine import EngineConfig
 
-    metrics = metrics_named(settings.metrics)
     kv = None if settings.kv_gib is None else int(settings.kv_gib * 2**30)
     session.configure(
         EngineConfig(
@@ -158,21 +156,25 @@ def _evaluate(
         )
     )
     stack.callback(session.close_engines)
+    loading = None
+    if isinstance(named, catalog.JudgeChoice):
+        # the model loads while ragas and the embeddings are imported: each takes seconds
+        loader = stack.enter_context(ThreadPoolExecutor(1, "ragate-load"))
+        loading = loader.submit(
+            session.open_engine, named.path, lambda done, total: say("loading the judge", done, total)
+        )
+
+    from ragate.evaluate import evaluate
+    from ragate.metrics import metrics_named
+    from ragate.target import open_target
+
+    metrics = metrics_named(settings.metrics)
     target = None
     if settings.target != "stored":
         target = open_target(
             settings.target, timeout=settings.target_timeout, options=settings.target_options
         )
         stack.callback(target.close)
-    note = None
-    if isinstance(named, catalog.JudgeChoice):
-        from ragate.judge import EngineJudge
-
-        engine = session.open_engine(named.path, lambda done, total: say("loading the judge", done, total))
-        judge: Judge = EngineJudge(engine, named.name or str(named.path))
-        note = named.note
-    else:
-        judge = named
     embeddings = None
     if any(metric.embeds for metric in metrics):
         from ragate.embeddings import MiniLM
@@ -182,6 +184,15 @@ def _evaluate(
         )
         embeddings = MiniLM()
         stack.callback(embeddings.close)
+    note = None
+    if isinstance(named, catalog.JudgeChoice):
+        from ragate.judge import EngineJudge
+
+        assert loading is not None
+        judge: Judge = EngineJudge(loading.result(), named.name or str(named.path))
+        note = named.note
+    else:
+        judge = named
     return evaluate(
         testset,
         settings.metrics,
