@@ -244,6 +244,14 @@ class CardSteps:
 
     # ---- choice ----
 
+    def masks(self, count: int) -> Ints:
+        """In page-locked memory, from where they are copied to the card."""
+        if self._masks_host is None:
+            if not count:
+                return np.empty((0, self._mask_words), np.int32)
+            self._masks_host = Pinned(self.most_wanted, self._mask_words)
+        return self._masks_host.next()[:count]
+
     @torch.inference_mode()
     def choose(self, flight: Flight, mask_of: Sequence[int], masks: Ints) -> None:
         """Queue the choice of a token for each row, and the copy of the results to the host."""
@@ -269,10 +277,7 @@ class CardSteps:
         width = out_width(top)
         with torch.cuda.stream(self.stream):
             self._asked_host.send(self._asked, W)
-            if len(masks):
-                if self._masks_host is None:
-                    self._masks_host = Pinned(self.most_wanted, self._mask_words)
-                self._masks_host.next()[: len(masks)] = masks
+            if len(masks) and self._masks_host is not None:
                 self._masks_host.send(self._masks, len(masks))
             with self._graph(("choose", most, len(masks) > 0, top, sampling)) as fresh:
                 if fresh:

@@ -15,8 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from ragate_engine.blocks import BlockPool
@@ -36,7 +34,8 @@ VERSION = "1"
 if TYPE_CHECKING:
     from ragate_engine.grammar import Grammars
 
-Words = npt.NDArray[np.int32]
+TOGETHER = 4
+"""Masks that are worth filling in several threads."""
 
 
 class Engine:
@@ -295,25 +294,26 @@ class Engine:
 
     def _choose(self, flight: Flight) -> None:
         """Queue the choice of the next token of each row whose request still wants one."""
-        masks: list[Words] = []
         mask_of = [-1] * len(flight.rows)
         flight.valid = [row.current for row in flight.rows]
-        words = -(-self._runner.vocab_size // 32)
+        bound: list[int] = []
         for i, row in enumerate(flight.rows):
-            request = row.request
             if not flight.valid[i]:
-                if request.epoch == row.epoch:
-                    request.pending -= 1  # what this row brings is not the next token any more
-                continue
-            if request.grammar is not None:
-                mask = np.zeros(words, np.int32)
-                with self._failing_alone(request):
-                    request.grammar.fill_mask(mask)
-                    mask_of[i] = len(masks)
-                    masks.append(mask)
-                flight.valid[i] = not request.done
-        allowed = np.stack(masks) if masks else np.empty((0, words), np.int32)
-        self._runner.steps.choose(flight, mask_of, allowed)
+                if row.request.epoch == row.epoch:
+                    row.request.pending -= 1  # what this row brings is not the next token any more
+            elif row.request.grammar is not None:
+                mask_of[i] = len(bound)
+                bound.append(i)
+        masks = self._runner.steps.masks(len(bound))
+        states = [g for i in bound if (g := flight.rows[i].request.grammar) is not None]
+        filled = len(states) >= TOGETHER and self._grammars.fill_masks(states, masks)
+        for line, i in enumerate(bound):
+            with self._failing_alone(flight.rows[i].request):
+                if not filled:
+                    states[line].fill_mask(masks[line])
+                states[line].raise_on_error()
+            flight.valid[i] = not flight.rows[i].request.done
+        self._runner.steps.choose(flight, mask_of, masks)
 
     def _land(self) -> None:
         """Read the step in flight, if there is one, and take its tokens."""

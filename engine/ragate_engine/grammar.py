@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import llguidance
 import numpy as np
-from llguidance.numpy import fill_next_token_bitmask
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
 from ragate_engine.errors import GrammarError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ragate_engine.weights.tokenizer import Tokenizer
 
 
@@ -37,6 +39,7 @@ class Grammars:
             eos_token=eos if len(eos) > 1 else eos[0],
             slices=SLICES,
         )
+        self._executor = llguidance.LLExecutor()
         self._compile = functools.lru_cache(maxsize=4096)(self._compile_schema)
 
     def _compile_schema(self, schema: str) -> str:
@@ -54,6 +57,19 @@ class Grammars:
             )
         return grammar
 
+    def fill_masks(self, states: Sequence[GrammarState], masks: np.ndarray) -> bool:
+        """Write what each state allows into its row of `masks`, int32 [n, ceil(vocab / 32)], in several threads.
+
+        False where one of them could not: then ask each by itself, so that it fails alone.
+        """
+        try:
+            fill_next_token_bitmask_par(
+                self._executor, [(state.matcher, i) for i, state in enumerate(states)], masks
+            )
+        except (ValueError, RuntimeError):
+            return False
+        return True
+
     def start(self, schema: str) -> GrammarState:
         """A fresh state for one output. Raises GrammarError where the schema cannot be compiled."""
         return GrammarState(llguidance.LLMatcher(self._tokenizer, self._compile(schema)), self.words)
@@ -63,34 +79,35 @@ class GrammarState:
     """Where one output stands in its grammar."""
 
     def __init__(self, matcher: llguidance.LLMatcher, words: int) -> None:
-        self._matcher = matcher
+        self.matcher = matcher
         self._words = words
-        self._raise_on_error()
+        self.raise_on_error()
 
-    def _raise_on_error(self) -> None:
-        if self._matcher.is_error():
-            raise GrammarError(f"the grammar failed: {self._matcher.get_error().strip().splitlines()[0]}")
+    def raise_on_error(self) -> None:
+        """Raise GrammarError where the matcher has failed."""
+        if self.matcher.is_error():
+            raise GrammarError(f"the grammar failed: {self.matcher.get_error().strip().splitlines()[0]}")
 
     @property
     def complete(self) -> bool:
         """Whether nothing may follow. A matcher that failed has stopped too: that raises."""
-        self._raise_on_error()
-        return bool(self._matcher.is_stopped())
+        self.raise_on_error()
+        return bool(self.matcher.is_stopped())
 
     def forced(self) -> list[int]:
         """Tokens that must come next (consumed by this call); empty where there is a choice."""
-        tokens: list[int] = [] if self.complete else list(self._matcher.compute_ff_tokens())
-        if tokens and not self._matcher.consume_tokens(tokens):
-            self._raise_on_error()
+        tokens: list[int] = [] if self.complete else list(self.matcher.compute_ff_tokens())
+        if tokens and not self.matcher.consume_tokens(tokens):
+            self.raise_on_error()
         return tokens
 
     def fill_mask(self, row: np.ndarray) -> None:
         """Write the allowed tokens into `row`, int32 [ceil(vocab / 32)], bit i of word w for token 32 w + i."""
-        fill_next_token_bitmask(self._matcher, row.reshape(1, self._words), 0)
-        self._raise_on_error()
+        fill_next_token_bitmask(self.matcher, row.reshape(1, self._words), 0)
+        self.raise_on_error()
 
     def consume(self, token: int) -> None:
         """Advance by a sampled token."""
-        if not self._matcher.consume_token(token):
-            self._raise_on_error()
+        if not self.matcher.consume_token(token):
+            self.raise_on_error()
             raise GrammarError(f"token {token} is not allowed here")

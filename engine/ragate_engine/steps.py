@@ -57,10 +57,14 @@ class Steps(Protocol):
     def launch(self, plan: StepPlan) -> Flight:
         """Queue the forward pass of a step."""
 
+    def masks(self, count: int) -> Ints:
+        """Where to write the masks of the next choice: int32 [count, ceil(vocab / 32)], bit i of word w for token
+        32 w + i."""
+
     def choose(self, flight: Flight, mask_of: Sequence[int], masks: Ints) -> None:
         """Queue the choice of a token for each row of `flight`.
 
-        Row i may take the tokens of `masks[mask_of[i]]` (int32 bits [n, ceil(vocab / 32)]), all where that is -1.
+        Row i may take the tokens of `masks[mask_of[i]]` (what `masks` gave, filled), all where that is -1.
         """
 
     def read(self, flight: Flight) -> Chosen:
@@ -134,6 +138,10 @@ class HostSteps:
 
     def _put(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
+
+    def masks(self, count: int) -> Ints:
+        """Fresh ones."""
+        return np.empty((count, -(-self.decoder.config.vocab_size // 32)), np.int32)
 
     @torch.inference_mode()
     def choose(self, flight: Flight, mask_of: Sequence[int], masks: Ints) -> None:

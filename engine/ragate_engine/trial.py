@@ -10,7 +10,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 from types import ModuleType
 
-import numpy as np
 import torch
 
 from ragate_engine.config import BLOCK_SIZE, ModelConfig
@@ -64,7 +63,6 @@ def run_steps(
     params = SamplingParams(max_tokens=len(rows), logprobs=1)
     request = Request(0, [1] * rows[0], rows[0], params, future, Status.RUNNING, slot=0)
     request.blocks = list(range(blocks))
-    everything = np.full((1, -(-small.vocab_size // 32)), -1, np.int32)
     for i, count in enumerate(rows):
         if i:
             request.tokens += [1] * count
@@ -72,6 +70,8 @@ def run_steps(
         flight = steps.launch(StepPlan((row,)))
         request.computed += count
         flight.valid = [True] * len(flight.rows)
+        everything = steps.masks(1)
+        everything[:] = -1
         steps.choose(flight, [0] * len(flight.rows), everything)
         steps.read(flight)
     if device.type == "cuda":
