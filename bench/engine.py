@@ -10,6 +10,7 @@ usage: python bench/engine.py 135m|1.5b|8b|MODEL_PATH [--points decode,prefill,j
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             kv_dtype=args.kv_dtype,
         )
         with Engine(checkpoint, config) as engine:
+            gc.freeze()  # as ragate does (ragate/session.py)
             bench = Bench(engine, checkpoint, sizes, limits, rival, args.max_batch, args.kv_dtype)
             found |= bench.run(args.points)
             found["engine"] = engine.describe()
