@@ -8,7 +8,7 @@ captured as a graph the second time it is met; how many rows are real is read by
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,7 +30,17 @@ from ragate_engine.kernels.triton.pick import (
     padded_count,
     sample,
 )
-from ragate_engine.kernels.triton.plan import CHUNK, HEADER, ITEM, ROWS, WANTED, order, pack, plan_attention
+from ragate_engine.kernels.triton.plan import (
+    CHUNK,
+    HEADER,
+    ITEM,
+    READERS,
+    ROWS,
+    WANTED,
+    order,
+    pack,
+    plan_attention,
+)
 from ragate_engine.kv import KVCache
 from ragate_engine.model import Decoder
 from ragate_engine.request import MAX_LOGPROBS, Row, StepPlan
@@ -55,6 +65,8 @@ class CardFlight(Flight):
 
     ready: torch.cuda.Event
     out: npt.NDArray[np.int32]
+    chosen: bool
+    """Whether the choice is queued already."""
 
 
 class Pinned:
@@ -62,6 +74,7 @@ class Pinned:
 
     def __init__(self, *shape: int) -> None:
         self._tensors = [torch.empty(shape, dtype=torch.int32, pin_memory=True) for _ in range(2)]
+        self._arrays: list[npt.NDArray[np.int32]] = [tensor.numpy() for tensor in self._tensors]
         self._copied = [torch.cuda.Event() for _ in range(2)]
         self._turn = 0
 
@@ -69,8 +82,7 @@ class Pinned:
         """The buffer to fill; waits until the card has taken what was in it."""
         self._turn ^= 1
         self._copied[self._turn].synchronize()
-        array: npt.NDArray[np.int32] = self._tensors[self._turn].numpy()
-        return array
+        return self._arrays[self._turn]
 
     def send(self, to: torch.Tensor, lines: int) -> None:
         """Queue the copy of the first `lines` of the buffer that `next` gave."""
@@ -85,6 +97,8 @@ class Shape(NamedTuple):
     has_small: bool
     has_big: bool
     has_parts: bool
+    top: int
+    """Alternatives of the choice that is made in the same graph; -1 where the choice comes later."""
 
 
 class CardSteps:
@@ -117,7 +131,7 @@ class CardSteps:
         self._owners: list[tuple[int, int]] = [(-1, -1)] * max_batch
         chunks = -(-max_len // CHUNK) + 1
         largest = self.buckets[-1]
-        words = HEADER + FIELDS * largest + self.most_wanted
+        words = HEADER + FIELDS * largest + self.most_wanted * (1 + ROW_WORDS)
         words += ITEM * (max_batch * chunks + largest) + max_batch * self.table_width + 3
         self._plan = torch.empty(words, dtype=torch.int32, device=card)
         self._plan_host = Pinned(words)
@@ -135,55 +149,95 @@ class CardSteps:
         self._masks = torch.empty(self.most_wanted, self._mask_words, dtype=torch.int32, device=card)
         self._masks_host: Pinned | None = None
         self._out = torch.empty(self.most_wanted * out_width(MAX_LOGPROBS), dtype=torch.int32, device=card)
+        self._lines = np.arange(max(max_batch, 1), dtype=np.int32)
         self._out_host = [torch.empty(self._out.shape, dtype=torch.int32, pin_memory=True) for _ in range(2)]
         self._turn = 0
         torch.cuda.synchronize()  # weights were loaded on another stream
 
+    def entered(self) -> AbstractContextManager[object]:
+        """What a thread that runs steps must be in."""
+        return torch.cuda.stream(self.stream)
+
     # ---- forward ----
 
-    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> CardFlight:
-        """Queue the forward pass of a step."""
-        rows = plan.rows
-        starts, counts, tables = self._gather(rows)
-        turn = order(starts, counts, tables)
-        starts, counts, tables = starts[turn], counts[turn], tables[turn]
-        rows = tuple(rows[i] for i in turn.tolist())
-        ids, position, owner, last = step_rows(rows, starts, counts)
-        first = last + 1 - counts
+        """Queue the forward pass of a step; and the choice of its tokens, where no grammar or noise has a say."""
+        rows: Sequence[Row] = plan.rows
+        starts, counts, tables, ids = self._gather(rows)
+        singles = len(ids) == len(rows)
+        if not singles or (len(rows) >= READERS and int(starts.max()) >= CHUNK - 1):
+            turn = order(starts, counts, tables)
+            starts, counts, tables = starts[turn], counts[turn], tables[turn]
+            rows = [rows[i] for i in turn.tolist()]
+            if singles:
+                ids = [ids[i] for i in turn.tolist()]
+        tokens: Sequence[int] | npt.NDArray[np.int64] = ids
+        if singles:
+            position, owner = starts, self._lines[: len(rows)]
+            first = last = owner
+        else:
+            tokens, position, owner, last = step_rows(rows, starts, counts)
+            first = last + 1 - counts
         attention = plan_attention(first, starts, counts, tables, self.shape, device.programs(), MAX_PARTS)
-        wanting = [i for i, row in enumerate(rows) if row.wants_logits]
-        M, W = len(ids), len(wanting)
+        wanting, slots, count, plain = [], [], 0, True
+        for i, row in enumerate(rows):
+            if row.wants_logits:
+                request = row.request
+                params = request.params
+                wanting.append(i)
+                slots.append(request.slot)
+                if params.logprobs > count:
+                    count = params.logprobs
+                if params.temperature > 0 or request.grammar is not None:
+                    plain = False
+        M, W = len(tokens), len(wanting)
         bucket = next(b for b in self.buckets if b >= M)
+        most = min(bucket, self.most_wanted)
 
         buffer = self._plan_host.next()
         buffer[:HEADER] = 0
         buffer[ROWS], buffer[WANTED] = M, W
-        slots = tables[owner, position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+        places = tables[owner, position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
         at = HEADER
-        for field, padding in ((ids, 0), (position, 0), (slots, -1), (owner, 0), (attention.part_of, -1)):
+        for field, padding in ((tokens, 0), (position, 0), (places, -1), (owner, 0), (attention.part_of, -1)):
             buffer[at : at + M] = field
-            buffer[at + M : at + bucket] = padding
+            if bucket > M:
+                buffer[at + M : at + bucket] = padding
             at += bucket
-        most = min(bucket, self.most_wanted)
-        buffer[at : at + W] = last[wanting]
+        buffer[at : at + W] = last if len(rows) == W else last[wanting]
         buffer[at + W : at + most] = 0
-        used = pack(buffer, at + most, attention, tables)
+        at += most
+        asked = buffer[at : at + most * ROW_WORDS].reshape(most, ROW_WORDS)
+        asked[:W] = 0
+        asked[:W, 0] = -1
+        asked[:W, 1] = slots
+        used = pack(buffer, at + most * ROW_WORDS, attention, tables)
 
-        with torch.cuda.stream(self.stream):
-            self._plan_host.send(self._plan, used)
-            key = Shape(bucket, len(attention.small) > 0, len(attention.big) > 0, attention.parts > 0)
-            with self._graph(key) as fresh:
-                if fresh:
-                    self._forward(key)
-        return CardFlight([rows[i] for i in wanting], [], torch.cuda.Event(), np.empty((0, 0), np.int32))
+        self._plan_host.send(self._plan, used)
+        top = padded_count(count) if plain and W else -1
+        key = Shape(bucket, len(attention.small) > 0, len(attention.big) > 0, attention.parts > 0, top)
+        with self._graph(key) as fresh:
+            if fresh:
+                self._forward(key)
+        flight = CardFlight(
+            list(rows) if len(rows) == W else [rows[i] for i in wanting],
+            [],
+            torch.cuda.Event(),
+            np.empty((0, 0), np.int32),
+            top >= 0,
+        )
+        if flight.chosen:
+            self._fetch(flight, out_width(top))
+        return flight
 
     def _forward(self, key: Shape) -> None:
         """Launch the kernels of a pass over the plan buffer."""
         bucket = key.bucket
         fields = self._plan[HEADER : HEADER + FIELDS * bucket].view(FIELDS, bucket)
         most = min(bucket, self.most_wanted)
-        wanted = self._plan[HEADER + FIELDS * bucket :][:most]
+        at = HEADER + FIELDS * bucket
+        wanted = self._plan[at : at + most]
+        asked = self._plan[at + most : at + most * (1 + ROW_WORDS)].view(most, ROW_WORDS)
         step = StepInputs(
             positions=fields[1],
             slots=fields[2],
@@ -196,6 +250,8 @@ class CardSteps:
             sampled=self.sampled,
         )
         self.decoder.forward(fields[0], step, self.kv, out=self._logits[:most])
+        if key.top >= 0:
+            self._choose(asked, None, key.top, sampling=False)
 
     @contextmanager
     def _graph(self, key: tuple[object, ...]) -> Iterator[bool]:
@@ -217,14 +273,14 @@ class CardSteps:
             self._graphs[key] = graph
             graph.replay()
 
-    def _gather(self, rows: Sequence[Row]) -> tuple[Ints, Ints, Ints]:
-        """Starts, counts [R] and block tables [R, B] of `rows`.
+    def _gather(self, rows: Sequence[Row]) -> tuple[Ints, Ints, Ints, list[int]]:
+        """Starts, counts [R] and block tables [R, B] of `rows`; and the ids of those that are single tokens.
 
         Tables are kept per place among the running requests and extended as they grow.
         """
-        starts, counts, places, widest = [], [], [], 1
+        starts, counts, places, ids, widest = [], [], [], [], 1
         for row in rows:
-            request = row.request
+            request, start, count = row.request, row.start, row.count
             place, blocks = request.slot, request.blocks
             listed = len(blocks)
             owner = (request.id, request.epoch)
@@ -237,10 +293,13 @@ class CardSteps:
                 self._filled[place] = listed
             if listed > widest:
                 widest = listed
-            starts.append(row.start)
-            counts.append(row.count)
+            starts.append(start)
+            counts.append(count)
             places.append(place)
-        return np.array(starts, np.int32), np.array(counts, np.int32), self._tables[places, :widest]
+            if count == 1:
+                tokens = request.tokens
+                ids.append(tokens[start] if start < len(tokens) else -1 - place)
+        return np.array(starts, np.int32), np.array(counts, np.int32), self._tables[places, :widest], ids
 
     # ---- choice ----
 
@@ -252,12 +311,11 @@ class CardSteps:
             self._masks_host = Pinned(self.most_wanted, self._mask_words)
         return self._masks_host.next()[:count]
 
-    @torch.inference_mode()
     def choose(self, flight: Flight, mask_of: Sequence[int], masks: Ints) -> None:
-        """Queue the choice of a token for each row, and the copy of the results to the host."""
+        """Queue the choice of a token for each row, where `launch` has not, and the copy of the results to the host."""
         assert isinstance(flight, CardFlight)
         W = len(flight.rows)
-        if W == 0:
+        if W == 0 or flight.chosen:
             return
         asked = self._asked_host.next()
         asked[:W] = 0
@@ -274,30 +332,34 @@ class CardSteps:
         asked[:W, 1] = slots
         top = padded_count(count)
         most = next((b for b in self.buckets if W <= b < self.most_wanted), self.most_wanted)
-        width = out_width(top)
-        with torch.cuda.stream(self.stream):
-            self._asked_host.send(self._asked, W)
-            if len(masks) and self._masks_host is not None:
-                self._masks_host.send(self._masks, len(masks))
-            with self._graph(("choose", most, len(masks) > 0, top, sampling)) as fresh:
-                if fresh:
-                    self._choose(most, len(masks) > 0, top, sampling)
-            self._turn ^= 1
-            host = self._out_host[self._turn][: W * width]
-            host.copy_(self._out[: W * width], non_blocking=True)
-            flight.ready.record()
-        flight.out = host.view(W, width).numpy()
+        self._asked_host.send(self._asked, W)
+        masked = len(masks) > 0 and self._masks_host is not None
+        if masked and self._masks_host is not None:
+            self._masks_host.send(self._masks, len(masks))
+        with self._graph(("choose", most, masked, top, sampling)) as fresh:
+            if fresh:
+                self._choose(self._asked[:most], self._masks if masked else None, top, sampling)
+        flight.chosen = True
+        self._fetch(flight, out_width(top))
 
-    def _choose(self, most: int, masked: bool, top: int, sampling: bool) -> None:
-        """Launch the kernels of a choice among `most` rows, of which the plan buffer knows how many are real."""
-        width = out_width(top)
+    def _choose(self, asked: torch.Tensor, mask: torch.Tensor | None, top: int, sampling: bool) -> None:
+        """Launch the kernels of a choice; the plan buffer knows how many rows are real."""
+        most, width = asked.shape[0], out_width(top)
         out = self._out[: most * width].view(most, width)
         count = self._plan[WANTED : WANTED + 1]
-        mask = self._masks if masked else None
-        arguments = (self._pick, self._logits[:most], self._asked[:most], mask, out, self.sampled, count)
+        arguments = (self._pick, self._logits[:most], asked, mask, out, self.sampled, count)
         choose(*arguments)
         if sampling:
             sample(*arguments)
+
+    def _fetch(self, flight: CardFlight, width: int) -> None:
+        """Queue the copy of a choice's results, lines of `width` words, to the host."""
+        size = len(flight.rows) * width
+        self._turn ^= 1
+        host = self._out_host[self._turn][:size]
+        host.copy_(self._out[:size], non_blocking=True)
+        flight.ready.record()
+        flight.out = host.numpy().reshape(-1, width)
 
     def read(self, flight: Flight) -> Chosen:
         """Wait for what was chosen."""

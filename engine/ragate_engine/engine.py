@@ -185,6 +185,7 @@ class Engine:
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            self._runner.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -203,8 +204,9 @@ class Engine:
             1 if self._runner.device.type == "cpu" else self.config.threads or os.cpu_count() or 1
         )
         try:
-            while self._take_inbox():
-                self._step()
+            with torch.inference_mode(), self._runner.steps.entered():
+                while self._take_inbox():
+                    self._step()
             self._fail_all(EngineClosedError("the engine was closed before this request was done"))
         except BaseException as e:  # a panic in a native library too: every future must be resolved
             error = failure(e, self._runner.device_name)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Mapping
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +20,9 @@ from ragate_engine.model import Decoder
 from ragate_engine.steps import HostSteps, Steps
 from ragate_engine.trial import run_steps
 from ragate_engine.weights import Checkpoint
+
+if TYPE_CHECKING:
+    from ragate_engine.kernels.triton.ahead import AheadCompiler
 
 CPU_KV_BYTES = 2 << 30
 CPU_BATCH = 64
@@ -55,6 +58,7 @@ class Runner:
         self.overlap = on_card if config.overlap is None else config.overlap
         """Whether a step is launched before the last one is read."""
         self.device_name = "the CPU"
+        self._compiler: AheadCompiler | None = None
         model = checkpoint.config
         self.vocab_size = model.vocab_size
         self.window = model.max_len
@@ -107,26 +111,17 @@ class Runner:
         )
         # refused before a byte is read; a window longer than the pool is cut to it
         self.max_len = min(need.window, budget.kv_blocks(here, need) * BLOCK_SIZE)
-        compiling = None
         if own:
-            from ragate_engine.kernels.triton.ahead import compile_ahead
+            from ragate_engine.kernels.triton.ahead import AheadCompiler
 
-            arguments = (
-                model,
-                self.dtype,
-                kv_dtype,
-                buckets_of(self.max_step_tokens),
-                -(-self.max_batch // 16) * 16,
+            self._compiler = AheadCompiler(
+                model, self.dtype, kv_dtype, buckets_of(self.max_step_tokens), -(-self.max_batch // 16) * 16
             )
-            compiling = threading.Thread(
-                target=compile_ahead, args=arguments, name="ragate-compile", daemon=True
-            )
-            compiling.start()
         with checkpoint.stream(self.device) as load:
             self.decoder = Decoder(model, load, self.kernels, self.dtype, self.device, self.max_len, progress)
         fell: Mapping[str, str] = {}
-        if compiling is not None:
-            compiling.join()
+        if self._compiler is not None:
+            self._compiler.wait_for_first()
             found = checked(
                 self.kernels, reference, self._trial(model), together=frozenset({"attention", "pick"})
             )
@@ -183,6 +178,11 @@ class Runner:
             )
 
         return trial
+
+    def close(self) -> None:
+        """Wait for what still runs beside the engine."""
+        if self._compiler is not None:
+            self._compiler.wait()
 
     def check_length(self, prompt_tokens: int) -> None:
         """Raise PromptTooLongError where a prompt leaves no room for an answer in window or pool."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
@@ -52,7 +53,10 @@ class Flight:
 
 
 class Steps(Protocol):
-    """Runs steps on a device, in the order in which they are launched."""
+    """Runs steps on a device, in the order in which they are launched, for one thread, in inference mode."""
+
+    def entered(self) -> AbstractContextManager[object]:
+        """What the thread that runs steps must be in."""
 
     def launch(self, plan: StepPlan) -> Flight:
         """Queue the forward pass of a step."""
@@ -111,7 +115,10 @@ class HostSteps:
         self._logits: dict[Flight, torch.Tensor] = {}
         self._chosen: dict[Flight, Chosen] = {}
 
-    @torch.inference_mode()
+    def entered(self) -> AbstractContextManager[object]:
+        """Nothing special."""
+        return nullcontext()
+
     def launch(self, plan: StepPlan) -> Flight:
         """Run the forward pass."""
         rows = sorted(plan.rows, key=lambda row: (row.count > 1, row.request.blocks))
@@ -143,7 +150,6 @@ class HostSteps:
         """Fresh ones."""
         return np.empty((count, -(-self.decoder.config.vocab_size // 32)), np.int32)
 
-    @torch.inference_mode()
     def choose(self, flight: Flight, mask_of: Sequence[int], masks: Ints) -> None:
         """Pick, or sample, each row's token."""
         logits = self._logits.pop(flight)

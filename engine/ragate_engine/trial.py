@@ -19,8 +19,8 @@ from ragate_engine.request import Completion, Request, Row, SamplingParams, Stat
 from ragate_engine.steps import Steps
 from ragate_engine.weights import names
 
-ROWS = (300, 1)
-"""Rows of the steps: a prompt longer than a chunk of attention, and a single new token."""
+ROWS = (60, 1)
+"""Rows of the steps: a prompt, and a single new token."""
 VOCAB = 1024
 
 
@@ -63,16 +63,17 @@ def run_steps(
     params = SamplingParams(max_tokens=len(rows), logprobs=1)
     request = Request(0, [1] * rows[0], rows[0], params, future, Status.RUNNING, slot=0)
     request.blocks = list(range(blocks))
-    for i, count in enumerate(rows):
-        if i:
-            request.tokens += [1] * count
-        row = Row(request, request.computed, count, wants_logits=True, epoch=request.epoch)
-        flight = steps.launch(StepPlan((row,)))
-        request.computed += count
-        flight.valid = [True] * len(flight.rows)
-        everything = steps.masks(1)
-        everything[:] = -1
-        steps.choose(flight, [0] * len(flight.rows), everything)
-        steps.read(flight)
+    with torch.inference_mode(), steps.entered():
+        for i, count in enumerate(rows):
+            if i:
+                request.tokens += [1] * count
+            row = Row(request, request.computed, count, wants_logits=True, epoch=request.epoch)
+            flight = steps.launch(StepPlan((row,)))
+            request.computed += count
+            flight.valid = [True] * len(flight.rows)
+            everything = steps.masks(1)
+            everything[:] = -1
+            steps.choose(flight, [0] * len(flight.rows), everything)
+            steps.read(flight)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

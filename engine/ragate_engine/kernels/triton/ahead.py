@@ -1,11 +1,13 @@
 """Compiles the kernels that a model will need, many at a time, while its weights are still being read.
 
-Every kernel is launched once on no rows: what decides its code is the model's shapes, the type and the bucket.
+Every kernel is launched once on no rows: what decides its code is the model's shapes, the type and the bucket. Those
+of small steps come first; the others are compiled while the engine already answers.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,25 +16,87 @@ import torch
 
 from ragate_engine.config import BLOCK_SIZE, ModelConfig
 from ragate_engine.kernels import HeadShape, StepInputs
-from ragate_engine.kernels.triton import attention as _attention_op
-from ragate_engine.kernels.triton import device, make_kv, rope_write_kv
+from ragate_engine.kernels.triton import attention, make_kv, rope_write_kv
 from ragate_engine.kernels.triton.attention import Work
-from ragate_engine.kernels.triton.linear import Packed, best_tile, product
+from ragate_engine.kernels.triton.linear import PREFETCH_BYTES, Packed, best_tile, product
 from ragate_engine.kernels.triton.pick import COUNTS, ROW_WORDS, PickWorkspace, choose, out_width
 from ragate_engine.kernels.triton.plan import HEADER
 from ragate_engine.kernels.triton.rowwise import embed, last_norm, rms_norm
 
+FIRST_BUCKET = 64
+"""Kernels for steps of up to so many rows come first."""
+ATTENTION_BUCKETS = (16, 1024)
+"""One bucket of each kind that attention has tiles for."""
 LIKELY = COUNTS[:2]
 """Numbers of alternatives that are asked for most."""
 
+Job = Callable[[], object]
 
-@torch.inference_mode()
-def compile_ahead(
+
+class AheadCompiler:
+    """Compiles in threads of its own from the moment it is made."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
+        buckets: Sequence[int],
+        most_wanted: int,
+    ) -> None:
+        """For steps of `buckets` rows and up to `most_wanted` wanted ones, with caches of `kv_dtype`."""
+        self._arguments = (model, dtype, kv_dtype, buckets, most_wanted)
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ragate-compile", daemon=True)
+        self._thread.start()
+
+    def wait_for_first(self) -> None:
+        """Until the kernels of small steps are there."""
+        self._ready.wait()
+
+    def wait(self) -> None:
+        """Until all are there."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                first, rest = _jobs(*self._arguments)
+                with ThreadPoolExecutor(max(2, os.cpu_count() or 1), "ragate-compile") as pool:
+                    list(pool.map(_attempt, first))
+                    self._ready.set()
+                    list(pool.map(_attempt, rest))
+        finally:
+            self._ready.set()
+
+
+def _attempt(job: Job) -> None:
+    """A kernel that fails is left to fail where it is used."""
+    with torch.inference_mode():
+        try:
+            job()
+        except RuntimeError:
+            return
+
+
+def _jobs(
     model: ModelConfig, dtype: torch.dtype, kv_dtype: torch.dtype, buckets: Sequence[int], most_wanted: int
-) -> None:
-    """Compile for steps of `buckets` rows and up to `most_wanted` wanted ones; a kernel that fails is left to fail
-    where it is used. Takes the card's memory for a while: about that of the largest weight and of the logits."""
+) -> tuple[list[Job], list[Job]]:
+    """Launches on no rows: what small steps need, and the rest."""
     card = torch.device("cuda")
+    none = torch.zeros(1, dtype=torch.int32, device=card)
+    room = torch.empty(PREFETCH_BYTES, dtype=torch.uint8, device=card)
+
+    def fake(kind: torch.dtype, *shape: int) -> torch.Tensor:
+        """A tensor that no kernel will read: a large one has no memory of its own."""
+        count = 1
+        for size in shape:
+            count *= size
+        items = room.view(kind)
+        return items[:count].view(shape) if count <= len(items) else items[0].expand(shape)
+
+    first: dict[object, Job] = {}
+    rest: dict[object, Job] = {}
     q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     hidden, inner = model.hidden_size, model.intermediate_size
     shapes = [
@@ -42,70 +106,56 @@ def compile_ahead(
         (hidden, inner, False, False, False),
         (model.vocab_size, hidden, False, False, True),
     ]
-    none = torch.zeros(1, dtype=torch.int32, device=card)
-    weights = torch.empty(max(n * k for n, k, *_ in shapes), dtype=dtype, device=card)
-    rows = torch.empty(max(buckets) * max(hidden, q, inner), dtype=dtype, device=card)
-    logits = torch.empty(most_wanted, model.vocab_size, device=card)
-    jobs: dict[object, Callable[[], object]] = {}
-
     for bucket in buckets:
         for N, K, bias, gated, wide in shapes:
             M = min(bucket, most_wanted) if wide else bucket
             tile = best_tile(M, N, K, gated, wide)
-            many = -(-M // tile.rows) * -(-N // tile.columns) > device.programs()
-            key = (tile, bias, gated, wide, many, K % tile.inner == 0, K % 16, N % 16)
-            x, w = rows[: M * K].view(M, K), Packed(weights[: N * K].view(N, K), gated)
-            y, activation = logits[:M] if wide else None, model.activation if gated else None
-            jobs.setdefault(key, partial(product, x, w, weights if bias else None, wide, activation, none, y))
+            key = (tile, bias, gated, wide, K % tile.inner == 0, K % 16, N % 16)
+            if key in first or key in rest:
+                continue
+            x, w = fake(dtype, M, K), Packed(fake(dtype, N, K), gated)
+            y, activation = fake(torch.float32, M, N) if wide else None, model.activation if gated else None
+            job = partial(product, x, w, fake(dtype, N) if bias else None, wide, activation, none, y)
+            (first if bucket <= FIRST_BUCKET else rest)[key] = job
 
     plan = torch.zeros(HEADER, dtype=torch.int32, device=card)
     cos = torch.empty(1, model.head_dim, device=card)
+    scale = model.attn_scale if model.attn_scale is not None else model.head_dim**-0.5
+    cache = make_kv(1, model.num_kv_heads, model.head_dim, kv_dtype, card)
     for layer in {model.window_of(i) is None: i for i in range(model.num_layers)}.values():
         turned = int(model.head_dim * model.rope_of(layer).partial)
         shape = HeadShape(model.num_heads, model.num_kv_heads, model.head_dim, turned)
-        cache = make_kv(1, model.num_kv_heads, model.head_dim, kv_dtype, card)
-        scale = model.attn_scale if model.attn_scale is not None else model.head_dim**-0.5
-        norm = rows if model.qk_norm else None
         window, cap = model.window_of(layer), model.attn_soft_cap
-        for bucket in (16, 1024):
-            qkv = torch.empty(bucket, q + 2 * kv, dtype=dtype, device=card)
+        for bucket in ATTENTION_BUCKETS:
+            qkv = fake(dtype, bucket, q + 2 * kv)
             zeros = torch.zeros(bucket, dtype=torch.int32, device=card)
-            for small, big, parts in ((True, False, False), (False, True, False), (False, False, True)):
-                work = Work(plan, zeros, torch.empty(1, device=card), small, big, parts)
+            for kinds in ((True, False, False), (False, True, False), (False, False, True)):
+                work = Work(plan, zeros, torch.empty(1, device=card), *kinds)
                 step = StepInputs(zeros, zeros, zeros, plan, work, zeros, none, none, none)
-
-                jobs[("attention", window is None, bucket, small, big)] = partial(
-                    _attention_op, qkv, cache, step, shape, scale, window, cap
+                jobs = first if bucket <= FIRST_BUCKET else rest
+                jobs[("attention", window is None, bucket, kinds)] = partial(
+                    attention, qkv, cache, step, shape, scale, window, cap
                 )
-            jobs[("rope", turned)] = partial(
-                rope_write_kv, qkv, norm, norm, 1e-5, cos, cos, step, cache, shape
-            )
+        norm = fake(dtype, model.head_dim) if model.qk_norm else None
+        first[("rope", turned)] = partial(
+            rope_write_kv, fake(dtype, 16, q + 2 * kv), norm, norm, 1e-5, cos, cos, step, cache, shape
+        )
 
-    h = rows[: 16 * hidden].view(16, hidden)
+    h, weight = fake(dtype, 16, hidden), fake(dtype, hidden)
     zeros = torch.zeros(16, dtype=torch.int32, device=card)
     step = StepInputs(zeros, zeros, zeros, plan, None, zeros, none, none, none)
-    table = weights[: BLOCK_SIZE * hidden].view(BLOCK_SIZE, hidden)
-    jobs["embed"] = lambda: embed(zeros, table, model.embed_scale, step)
-    jobs["norm"] = lambda: rms_norm(h, h.clone(), rows, 1e-5, none)
-    jobs["first norm"] = lambda: rms_norm(h, None, rows, 1e-5, none)
-    jobs["last norm"] = lambda: last_norm(h, h, rows, 1e-5, step)
+    first["embed"] = partial(embed, zeros, fake(dtype, BLOCK_SIZE, hidden), model.embed_scale, step)
+    first["norm"] = partial(rms_norm, h, h, weight, 1e-5, none)
+    first["first norm"] = partial(rms_norm, h, None, weight, 1e-5, none)
+    first["last norm"] = partial(last_norm, h, h, weight, 1e-5, step)
     workspace = PickWorkspace(16, model.vocab_size, card)
-    words = -(-model.vocab_size // 32)
+    logits = fake(torch.float32, 16, model.vocab_size)
     for count in LIKELY:
-        for mask in (None, torch.empty(16, words, dtype=torch.int32, device=card)):
-            asked = torch.empty(16, ROW_WORDS, dtype=torch.int32, device=card)
+        for masked in (False, True):
+            asked = torch.zeros(16, ROW_WORDS, dtype=torch.int32, device=card)
             out = torch.empty(16, out_width(count), dtype=torch.int32, device=card)
-
-            jobs[("choose", count, mask is None)] = partial(
-                choose, workspace, logits[:16], asked, mask, out, none, none
+            mask = fake(torch.int32, 16, -(-model.vocab_size // 32)) if masked else None
+            (rest if masked else first)[("choose", count, masked)] = partial(
+                choose, workspace, logits, asked, mask, out, none, none
             )
-
-    def run(job: Callable[[], object]) -> None:
-        try:
-            job()
-        except RuntimeError:  # out of memory or a kernel that does not compile: its user will hear of it
-            return
-
-    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1), "ragate-compile") as pool:
-        list(pool.map(run, jobs.values()))
-    torch.cuda.synchronize()
+    return list(first.values()), list(rest.values())

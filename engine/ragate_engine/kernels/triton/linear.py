@@ -122,7 +122,7 @@ def _skinny(
 def _persistent(
     x, w, bias, y, count, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     COUNTED: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, WIDE: tl.constexpr,
-    STAGES: tl.constexpr, FLATTEN: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -131,7 +131,7 @@ def _persistent(
         M = tl.load(count)
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         # GROUP tiles of rows side by side share a tile of weights in the L2 cache
         group = tile // (GROUP * tiles_n)
         height = tl.minimum(tiles_m - group * GROUP, GROUP)
@@ -213,15 +213,14 @@ def product(
         tile = Tile(False, min(tile.rows, 32), 32, 32, 4, 2)
     if tile.persistent:
         tiles = triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns)
-        programs = min(device.programs(), tiles)
         store_columns = tile.columns // 2 if packed.gated else tile.columns
-        _persistent[(programs,)](
+        _persistent[(min(device.programs(), tiles),)](
             TensorDescriptor(x, [M, K], [K, 1], [tile.rows, tile.inner]),
             TensorDescriptor(packed.weight, [N, K], [K, 1], [tile.columns, tile.inner]),
             bias if bias is not None else x,
             y if wide else TensorDescriptor(y, [M, width], [width, 1], [tile.rows, store_columns]),
             rows if rows is not None else x, M, N, K, tile.rows, tile.columns, tile.inner, group, rows is not None,
-            bias is not None, packed.gated, gelu, wide, tile.stages, tiles > programs, device.PDL,
+            bias is not None, packed.gated, gelu, wide, tile.stages, device.PDL,
             num_warps=tile.warps, **device.launch(),
         )  # fmt: skip
     else:

@@ -102,10 +102,11 @@ def plan_attention(
         )
     per_piece = BIG_LINES // group
     positions = starts + counts - 1
-    if len(counts) == int(counts.sum()) and int(positions.max()) < CHUNK:
-        # single tokens within their first chunk: there is nothing to share nor to split
+    singles, longest = len(counts) == int(counts.sum()), int(positions.max())
+    if singles and (longest < CHUNK or (len(counts) < READERS and longest < (MIN_SPLIT - 1) * CHUNK)):
+        # single tokens, nothing to share nor to split: an item each
         items = np.zeros((len(counts), ITEM), np.int32)
-        items[:, FIRST_ROW], items[:, ROW_COUNT], items[:, END_CHUNK] = first_row, 1, 1
+        items[:, FIRST_ROW], items[:, ROW_COUNT], items[:, END_CHUNK] = first_row, 1, positions // CHUNK + 1
         items[:, TABLE] = np.arange(len(counts))
         items[:, LEAST] = items[:, LAST] = starts
         items[:, PART] = -1
