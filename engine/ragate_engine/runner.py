@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 CPU_KV_BYTES = 2 << 30
 CPU_BATCH = 64
 CPU_STEP_TOKENS = 512
+KV_SHARE = 0.8
+"""Of the room for KV blocks; the rest is for another engine in this process, such as the writer of answers."""
 KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
@@ -134,6 +136,8 @@ class Runner:
                     )
         torch.cuda.empty_cache()  # what was read ahead goes back before free memory is measured
         blocks = budget.kv_blocks(card(), need.loaded())
+        if config.kv_bytes is None:
+            blocks = max(budget.MIN_BLOCKS, int(blocks * KV_SHARE))
         self.kv = KVCache(model, blocks, self.kernels, kv_dtype, self.device)
         if kv_dtype != self.dtype:
             self.kv.scale(self.decoder.kv_ranges())
