@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from ragate_engine.config import BLOCK_SIZE, EngineConfig
+from ragate_engine.devices import ALONE
 from ragate_engine.kernels import StepInputs
 from ragate_engine.kernels.triton import device
 from ragate_engine.kernels.triton.attention import Work
@@ -152,7 +153,7 @@ class CardSteps:
         self._lines = np.arange(max(max_batch, 1), dtype=np.int32)
         self._out_host = [torch.empty(self._out.shape, dtype=torch.int32, pin_memory=True) for _ in range(2)]
         self._turn = 0
-        torch.cuda.synchronize()  # weights were loaded on another stream
+        self.stream.wait_stream(torch.cuda.current_stream())  # where all this, and the weights, were made
 
     def entered(self) -> AbstractContextManager[object]:
         """What a thread that runs steps must be in."""
@@ -266,10 +267,13 @@ class CardSteps:
             yield True
         else:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(
-                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-            ):
-                yield True
+            # not torch.cuda.graph, which waits for the whole card first: another engine may be capturing
+            with ALONE:
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    yield True
+                finally:
+                    graph.capture_end()
             self._graphs[key] = graph
             graph.replay()
 

@@ -10,6 +10,10 @@ import torch
 
 from ragate_engine.errors import DeviceError, EngineError
 
+ALONE = threading.RLock()
+"""Held while a graph is captured, and by what must not happen meanwhile in any engine of this process: waiting for
+the whole card, or giving memory back to it."""
+
 MIN_CAPABILITY = (8, 0)
 """Ampere: the first cards that multiply bfloat16."""
 

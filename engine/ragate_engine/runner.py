@@ -11,7 +11,7 @@ import torch
 
 from ragate_engine import budget
 from ragate_engine.config import BLOCK_SIZE, MAX_LEN, EngineConfig, ModelConfig
-from ragate_engine.devices import card, pick_device
+from ragate_engine.devices import ALONE, card, pick_device
 from ragate_engine.errors import ConfigError, OutOfMemoryError, PromptTooLongError
 from ragate_engine.kernels import choose, reference
 from ragate_engine.kernels.fallback import checked
@@ -134,7 +134,8 @@ class Runner:
                     self.decoder = Decoder(
                         model, load, self.kernels, self.dtype, self.device, self.max_len, progress
                     )
-        torch.cuda.empty_cache()  # what was read ahead goes back before free memory is measured
+        with ALONE:
+            torch.cuda.empty_cache()  # what was read ahead goes back before free memory is measured
         blocks = budget.kv_blocks(card(), need.loaded())
         if config.kv_bytes is None:
             blocks = max(budget.MIN_BLOCKS, int(blocks * KV_SHARE))
@@ -150,7 +151,8 @@ class Runner:
             self.kernels,
             own and not fell,
         )
-        torch.cuda.synchronize()  # steps run on a stream of their own
+        with ALONE:
+            torch.cuda.synchronize()  # steps run on a stream of their own
 
     def _steps(
         self,

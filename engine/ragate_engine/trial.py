@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from ragate_engine.config import BLOCK_SIZE, ModelConfig
+from ragate_engine.devices import ALONE
 from ragate_engine.kv import KVCache
 from ragate_engine.model import Decoder
 from ragate_engine.request import Completion, Request, Row, SamplingParams, Status, StepPlan
@@ -76,4 +77,5 @@ def run_steps(
             steps.choose(flight, [0] * len(flight.rows), everything)
             steps.read(flight)
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        with ALONE:
+            torch.cuda.synchronize(device)
