@@ -63,7 +63,9 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--limit", type=int, help="Only the first so many items."),
         click.option("--out", help="Run folder [.ragate/SUITE]."),
-        click.option("--max-batch", type=int, help="Requests that the engine runs at once [64; 1024 on a card]."),
+        click.option(
+            "--max-batch", type=int, help="Requests that the engine runs at once [64; 1024 on a card]."
+        ),
         click.option("--kv-gib", type=float, help="GiB for the KV cache."),
         click.option("--threads", type=int, help="CPU threads of the engine."),
     ]

@@ -53,7 +53,9 @@ def use_tiles(monkeypatch: pytest.MonkeyPatch, small: int, big: int) -> None:
     monkeypatch.setattr(
         import_module("ragate_engine.kernels.triton.attention"),
         "tile_for",
-        lambda lines, shape, dtype, cache, rows: Tile(small if lines == planner.SMALL_LINES else big, 4, 1, 1),
+        lambda lines, shape, dtype, cache, rows: Tile(
+            small if lines == planner.SMALL_LINES else big, 4, 1, 1
+        ),
     )
 
 

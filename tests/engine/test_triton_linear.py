@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from ragate_engine.kernels.triton.linear import (  # noqa: E402
+from ragate_engine.kernels.triton.linear import (
     Packed,
     Tile,
     best_tile,

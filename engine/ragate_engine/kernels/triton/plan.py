@@ -110,7 +110,8 @@ def plan_attention(
         items[:, TABLE] = np.arange(len(counts))
         items[:, LEAST] = items[:, LAST] = starts
         items[:, PART] = -1
-        return AttentionPlan(items, items[:0], items[:, PART], 0)
+        costly_first = np.argsort(-starts, kind="stable")
+        return AttentionPlan(items[costly_first], items[:0], items[:, PART], 0)
     chunks = positions // CHUNK + 1
     pieces = -(-counts // per_piece)
     read = int((pieces * chunks).sum()) * shape.kv_heads / programs
