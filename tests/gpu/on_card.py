@@ -26,10 +26,10 @@ def name_of(value: object) -> str:
 
 
 def compile_together(launches: Iterable[Callable[[], object]]) -> None:
-    """Make the launches from as many threads as there are cores: compilers wait for nothing in Python."""
+    """Make the launches from as many threads as there are cores; what does not compile fails where it is used."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for done in [pool.submit(launch) for launch in launches]:
-            done.result()
+            done.exception()
     torch.cuda.synchronize()
 
 
