@@ -22,7 +22,7 @@ slow: $(READY)
 	$(BIN)/pytest -m slow
 
 gpu:
-	python3 -m pytest -m gpu tests/gpu
+	PYTHONPATH=.:engine python3 -m pytest -m gpu tests/gpu
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -50,6 +50,8 @@ from ragate_engine.steps import Chosen, Flight, Ints, step_rows
 FIELDS = 5
 """ids, positions, slots, row_table, part_of."""
 BUCKETS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+ONLY_SMALL = 1024
+"""Rows up to which it pays not to launch attention kernels that have nothing to do."""
 MAX_PARTS = 16384
 """Partial results of attention that there is room for; what needs more is not split."""
 
@@ -95,9 +97,8 @@ class Shape(NamedTuple):
     """What decides the launches of a forward pass: the key of its graph."""
 
     bucket: int
-    has_small: bool
-    has_big: bool
-    has_parts: bool
+    only_small: bool
+    """Attention has small items only, and no partial results to merge."""
     top: int
     """Alternatives of the choice that is made in the same graph; -1 where the choice comes later."""
 
@@ -216,7 +217,9 @@ class CardSteps:
 
         self._plan_host.send(self._plan, used)
         top = padded_count(count) if plain and W else -1
-        key = Shape(bucket, len(attention.small) > 0, len(attention.big) > 0, attention.parts > 0, top)
+        # two kinds of attention are enough: each kind of step is captured once, which takes a tenth of a second
+        only_small = len(attention.big) == 0 and attention.parts == 0 and bucket <= ONLY_SMALL
+        key = Shape(bucket, only_small, top)
         with self._graph(key) as fresh:
             if fresh:
                 self._forward(key)
@@ -244,7 +247,7 @@ class CardSteps:
             slots=fields[2],
             row_table=fields[3],
             tables=self._plan,
-            work=Work(self._plan, fields[4], self._partials, key.has_small, key.has_big, key.has_parts),
+            work=Work(self._plan, fields[4], self._partials, True, not key.only_small, not key.only_small),
             wanted=wanted,
             rows=self._plan[ROWS : ROWS + 1],
             wanted_rows=self._plan[WANTED : WANTED + 1],

@@ -18,9 +18,9 @@ from ragate_engine.config import BLOCK_SIZE, ModelConfig
 from ragate_engine.kernels import HeadShape, StepInputs
 from ragate_engine.kernels.triton import attention, make_kv, rope_write_kv
 from ragate_engine.kernels.triton.attention import Work
-from ragate_engine.kernels.triton.linear import PREFETCH_BYTES, Packed, best_tile, product
+from ragate_engine.kernels.triton.linear import PREFETCH_BYTES, Packed, best_tile, prefetches, product
 from ragate_engine.kernels.triton.pick import COUNTS, ROW_WORDS, PickWorkspace, choose, out_width
-from ragate_engine.kernels.triton.plan import HEADER
+from ragate_engine.kernels.triton.plan import HEADER, ROWS, WANTED
 from ragate_engine.kernels.triton.rowwise import embed, last_norm, rms_norm
 
 FIRST_BUCKET = 64
@@ -84,7 +84,9 @@ def _jobs(
 ) -> tuple[list[Job], list[Job]]:
     """Launches on no rows: what small steps need, and the rest."""
     card = torch.device("cuda")
-    none = torch.zeros(1, dtype=torch.int32, device=card)
+    plan = torch.zeros(HEADER, dtype=torch.int32, device=card)
+    # the very places that steps take them from: Triton compiles for how addresses are aligned
+    none, none_wanted = plan[ROWS : ROWS + 1], plan[WANTED : WANTED + 1]
     room = torch.empty(PREFETCH_BYTES, dtype=torch.uint8, device=card)
 
     def fake(kind: torch.dtype, *shape: int) -> torch.Tensor:
@@ -110,15 +112,24 @@ def _jobs(
         for N, K, bias, gated, wide in shapes:
             M = min(bucket, most_wanted) if wide else bucket
             tile = best_tile(M, N, K, gated, wide)
-            key = (tile, bias, gated, wide, K % tile.inner == 0, K % 16, N % 16)
+            ahead = prefetches(M, N, K, dtype.itemsize)
+            key = (tile, ahead, bias, gated, wide, K % tile.inner == 0, K % 16, N % 16)
             if key in first or key in rest:
                 continue
             x, w = fake(dtype, M, K), Packed(fake(dtype, N, K), gated)
             y, activation = fake(torch.float32, M, N) if wide else None, model.activation if gated else None
-            job = partial(product, x, w, fake(dtype, N) if bias else None, wide, activation, none, y)
+            job = partial(
+                product,
+                x,
+                w,
+                fake(dtype, N) if bias else None,
+                wide,
+                activation,
+                none_wanted if wide else none,
+                y,
+            )
             (first if bucket <= FIRST_BUCKET else rest)[key] = job
 
-    plan = torch.zeros(HEADER, dtype=torch.int32, device=card)
     cos = torch.empty(1, model.head_dim, device=card)
     scale = model.attn_scale if model.attn_scale is not None else model.head_dim**-0.5
     cache = make_kv(1, model.num_kv_heads, model.head_dim, kv_dtype, card)
@@ -131,7 +142,7 @@ def _jobs(
             zeros = torch.zeros(bucket, dtype=torch.int32, device=card)
             for kinds in ((True, False, False), (False, True, False), (False, False, True)):
                 work = Work(plan, zeros, torch.empty(1, device=card), *kinds)
-                step = StepInputs(zeros, zeros, zeros, plan, work, zeros, none, none, none)
+                step = StepInputs(zeros, zeros, zeros, plan, work, zeros, none, none_wanted, none)
                 jobs = first if bucket <= FIRST_BUCKET else rest
                 jobs[("attention", window is None, bucket, kinds)] = partial(
                     attention, qkv, cache, step, shape, scale, window, cap
@@ -143,7 +154,7 @@ def _jobs(
 
     h, weight = fake(dtype, 16, hidden), fake(dtype, hidden)
     zeros = torch.zeros(16, dtype=torch.int32, device=card)
-    step = StepInputs(zeros, zeros, zeros, plan, None, zeros, none, none, none)
+    step = StepInputs(zeros, zeros, zeros, plan, None, zeros, none, none_wanted, none)
     first["embed"] = partial(embed, zeros, fake(dtype, BLOCK_SIZE, hidden), model.embed_scale, step)
     first["norm"] = partial(rms_norm, h, h, weight, 1e-5, none)
     first["first norm"] = partial(rms_norm, h, None, weight, 1e-5, none)
@@ -156,6 +167,6 @@ def _jobs(
             out = torch.empty(16, out_width(count), dtype=torch.int32, device=card)
             mask = fake(torch.int32, 16, -(-model.vocab_size // 32)) if masked else None
             (rest if masked else first)[("choose", count, masked)] = partial(
-                choose, workspace, logits, asked, mask, out, none, none
+                choose, workspace, logits, asked, mask, out, none, none_wanted
             )
     return list(first.values()), list(rest.values())

@@ -187,6 +187,11 @@ def best_tile(M: int, N: int, K: int, gated: bool, wide: bool = False) -> Tile:
     return tile._replace(stages=4) if gated and tile.columns == 256 else tile
 
 
+def prefetches(M: int, N: int, K: int, item_bytes: int) -> bool:
+    """Whether the kernel for few rows asks for its first weights before its turn."""
+    return M <= 16 and N * K * item_bytes <= PREFETCH_BYTES and K * item_bytes >= PREFETCH * 128
+
+
 def product(
     x: torch.Tensor,
     packed: Packed,
@@ -224,8 +229,7 @@ def product(
             num_warps=tile.warps, **device.launch(),
         )  # fmt: skip
     else:
-        small = packed.weight.nbytes <= PREFETCH_BYTES and K * x.element_size() >= PREFETCH * 128
-        prefetch = PREFETCH if small and M <= 16 else 0
+        prefetch = PREFETCH if prefetches(M, N, K, x.element_size()) else 0
         _skinny[(triton.cdiv(N, tile.columns), triton.cdiv(M, tile.rows))](
             x, packed.weight, bias if bias is not None else x, y, rows if rows is not None else x, M, N, K,
             tile.rows, tile.columns, tile.inner, K % tile.inner == 0, rows is not None, bias is not None, packed.gated,
