@@ -28,7 +28,7 @@ from ragate_engine.steps import Chosen, Flight
 from ragate_engine.weights import Checkpoint, open_checkpoint
 from ragate_engine.weights.tokenizer import Tokenizer
 
-VERSION = "1"
+VERSION = "2"
 """Raised when a change may alter output bits: it is part of the fingerprint."""
 
 if TYPE_CHECKING:
