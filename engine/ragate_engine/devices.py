@@ -77,9 +77,24 @@ def card() -> Card:
 
 
 def wake(device: torch.device) -> None:
-    """Begin to set up the card in a thread: that takes some tenths of a second, in which headers can be read."""
+    """Begin what takes some tenths of a second each, in threads, while headers are read: the card's context, and
+    Triton's hash of itself, which is part of the name of every compiled kernel."""
     if device.type == "cuda":
         threading.Thread(target=_touch, args=(device,), name="ragate-wake", daemon=True).start()
+        threading.Thread(target=hash_triton, name="ragate-hash", daemon=True).start()
+
+
+_hashing = threading.Lock()
+
+
+def hash_triton() -> None:
+    """Have Triton hash itself once: of many threads that ask at the same time each would read half a gigabyte."""
+    with _hashing:
+        try:
+            from triton.runtime.cache import triton_key
+        except ImportError:  # it lived elsewhere in older versions; then the first kernel pays
+            return
+        triton_key()
 
 
 def _touch(device: torch.device) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ragate_engine.blocks import BlockPool
+from ragate_engine.blocks import BlockPool, extend_hashes
 from ragate_engine.config import BLOCK_SIZE, EngineConfig
 from ragate_engine.devices import failure, pick_device, wake
 from ragate_engine.errors import EngineClosedError, EngineError, GrammarError, PromptTooLongError
@@ -138,6 +138,7 @@ class Engine:
         request = Request(next(self._ids), list(prompt), len(prompt), params, future)
         if params.schema is not None:
             request.grammar = self._grammars.start(params.schema)
+        extend_hashes(request.hashes, request.tokens)  # here, in the caller's thread: the engine's has enough to do
         with self._wake:
             if self._failure is not None:
                 raise self._failure

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from ragate_engine.config import BLOCK_SIZE, ModelConfig
+from ragate_engine.devices import hash_triton
 from ragate_engine.kernels import HeadShape, StepInputs
 from ragate_engine.kernels.triton import attention, make_kv, rope_write_kv
 from ragate_engine.kernels.triton.attention import Work
@@ -60,6 +61,7 @@ class AheadCompiler:
 
     def _run(self) -> None:
         try:
+            hash_triton()
             with torch.inference_mode():
                 first, rest = _jobs(*self._arguments)
                 with ThreadPoolExecutor(max(2, os.cpu_count() or 1), "ragate-compile") as pool:
