@@ -42,3 +42,4 @@ def close_engines() -> None:
     with _lock:
         while _engines:
             _engines.popitem()[1].close()
+        gc.unfreeze()

@@ -18,10 +18,14 @@ CARD_BATCH = 1024
 """Requests that run at once on a card, where no setting says."""
 CARD_STEP_TOKENS = 8192
 """Rows of a forward pass on a card, where no setting says."""
+TABLE_TOKENS = 1 << 18
+"""Tokens a request that block tables are counted for; a longer window is cut to the pool, or is in the margin."""
 GRAPHS = 256 << 20
 """What captured graphs hold besides activations: nodes and arguments of some thirty graphs."""
 CONTEXT = 600 << 20
 """What this process holds of a card before it has asked for anything: code and stacks."""
+KV_SHARE = 0.8
+"""Of the room for KV blocks; the rest is for another engine in this process, such as the writer of answers."""
 MIN_BLOCKS = 2
 """Fewer hold no request."""
 PACKED_BITS = (("8-bit", 8.5), ("4-bit", 4.9))
@@ -71,13 +75,15 @@ def need_of(
     activations = rows * item_bytes * (4 * model.hidden_size + 2 * q + kv + 3 * model.intermediate_size)
     partials = 4 * parts * model.num_heads * (model.head_dim + 2)
     logits = 2 * 4 * batch * model.vocab_size  # and as much again to choose from them
+    window = min(config.max_len or MAX_LEN, model.max_len)
+    tables = 4 * batch * -(-min(window, TABLE_TOKENS) // BLOCK_SIZE)
     return Need(
         weights=parameters * item_bytes,
         parameters=parameters,
-        workspace=activations + partials + logits,
+        workspace=activations + partials + logits + tables,
         graphs=activations + GRAPHS if config.cuda_graphs else 0,
         block=block,
-        window=min(config.max_len or MAX_LEN, model.max_len),
+        window=window,
         rope=4 * model.head_dim * (1 if model.local_rope is None else 2),
         max_batch=batch,
         kv=config.kv_bytes,

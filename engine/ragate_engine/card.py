@@ -8,7 +8,7 @@ captured as a graph the second time it is met; how many rows are real is read by
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -131,10 +131,10 @@ class CardSteps:
         self._tables = np.zeros((max_batch, self.table_width), np.int32)
         self._filled = [0] * max_batch
         self._owners: list[tuple[int, int]] = [(-1, -1)] * max_batch
-        chunks = -(-max_len // CHUNK) + 1
         largest = self.buckets[-1]
         words = HEADER + FIELDS * largest + self.most_wanted * (1 + ROW_WORDS)
-        words += ITEM * (max_batch * chunks + largest) + max_batch * self.table_width + 3
+        # an item writes the result of a row or more, or a partial or more
+        words += ITEM * (largest + MAX_PARTS) + max_batch * self.table_width + 3
         self._plan = torch.empty(words, dtype=torch.int32, device=card)
         self._plan_host = Pinned(words)
         self._partials = torch.empty(
@@ -156,9 +156,15 @@ class CardSteps:
         self._turn = 0
         self.stream.wait_stream(torch.cuda.current_stream())  # where all this, and the weights, were made
 
-    def entered(self) -> AbstractContextManager[object]:
-        """What a thread that runs steps must be in."""
-        return torch.cuda.stream(self.stream)
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """What a thread that runs steps must be in; it leaves when the last step is over."""
+        with torch.cuda.stream(self.stream):
+            try:
+                yield
+            finally:
+                with suppress(RuntimeError):  # of a card that is lost, its user hears elsewhere
+                    self.stream.synchronize()
 
     # ---- forward ----
 
@@ -275,8 +281,11 @@ class CardSteps:
                 graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                 try:
                     yield True
-                finally:
-                    graph.capture_end()
+                except BaseException:
+                    with suppress(RuntimeError):  # the first error is the one to report
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
             self._graphs[key] = graph
             graph.replay()
 

@@ -112,9 +112,17 @@ class ModelConfig:
         return self.rope
 
 
+_CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "kv_dtype": ("auto", "fp8_e4m3", "fp8_e5m2"),
+    "kernels": ("auto", "reference"),
+}
+
+
 @dataclass(frozen=True)
 class EngineConfig:
-    """How to run a model. None of these fields may change a single output bit but `device`, `dtype` and `kv_dtype`."""
+    """How to run a model. Only device, dtype, kv_dtype and kernels may change an output bit."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -141,6 +149,9 @@ class EngineConfig:
     """`reference` forces the plain torch kernels (for tests and for machines without a C compiler)."""
 
     def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.max_batch is not None and self.max_batch < 1:
             raise ConfigError(f"max_batch must be at least 1, got {self.max_batch}")
         if self.max_step_tokens is not None and self.max_step_tokens < BLOCK_SIZE:

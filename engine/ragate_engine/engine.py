@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import threading
@@ -138,7 +139,10 @@ class Engine:
         request = Request(next(self._ids), list(prompt), len(prompt), params, future)
         if params.schema is not None:
             request.grammar = self._grammars.start(params.schema)
-        extend_hashes(request.hashes, request.tokens)  # here, in the caller's thread: the engine's has enough to do
+        if self.config.prefix_cache:
+            extend_hashes(
+                request.hashes, request.tokens
+            )  # here, in the caller's thread: the engine's has enough to do
         with self._wake:
             if self._failure is not None:
                 raise self._failure
@@ -211,7 +215,10 @@ class Engine:
             self._fail_all(EngineClosedError("the engine was closed before this request was done"))
         except BaseException as e:  # a panic in a native library too: every future must be resolved
             error = failure(e, self._runner.device_name)
-            error.__cause__ = e if error is not e else None
+            logging.getLogger(__name__).debug("the engine's loop ended", exc_info=e)
+            if error is not e:
+                # without its frames, which would keep the engine and its memory for as long as anyone has the error
+                error.__cause__ = e.with_traceback(None)
             with self._wake:
                 self._failure = error
             self._fail_all(error)

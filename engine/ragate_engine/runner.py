@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 CPU_KV_BYTES = 2 << 30
 CPU_BATCH = 64
 CPU_STEP_TOKENS = 512
-KV_SHARE = 0.8
-"""Of the room for KV blocks; the rest is for another engine in this process, such as the writer of answers."""
 KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
@@ -119,8 +117,7 @@ class Runner:
             self._compiler = AheadCompiler(
                 model, self.dtype, kv_dtype, buckets_of(self.max_step_tokens), -(-self.max_batch // 16) * 16
             )
-        with checkpoint.stream(self.device) as load:
-            self.decoder = Decoder(model, load, self.kernels, self.dtype, self.device, self.max_len, progress)
+        self.decoder = self._decoder_on_card(checkpoint, progress)
         fell: Mapping[str, str] = {}
         if self._compiler is not None:
             self._compiler.wait_for_first()
@@ -130,15 +127,15 @@ class Runner:
             fell = found.fell
             if fell:
                 self.kernels, self.backend = found.ops, found.name
-                with checkpoint.stream(self.device) as load:  # the layout of packed weights may be another
-                    self.decoder = Decoder(
-                        model, load, self.kernels, self.dtype, self.device, self.max_len, progress
-                    )
+                del self.decoder  # the layout of packed weights may be another: load them again
+                with ALONE:
+                    torch.cuda.empty_cache()
+                self.decoder = self._decoder_on_card(checkpoint, progress)
         with ALONE:
             torch.cuda.empty_cache()  # what was read ahead goes back before free memory is measured
         blocks = budget.kv_blocks(card(), need.loaded())
         if config.kv_bytes is None:
-            blocks = max(budget.MIN_BLOCKS, int(blocks * KV_SHARE))
+            blocks = max(budget.MIN_BLOCKS, int(blocks * budget.KV_SHARE))
         self.kv = KVCache(model, blocks, self.kernels, kv_dtype, self.device)
         if kv_dtype != self.dtype:
             self.kv.scale(self.decoder.kv_ranges())
@@ -153,6 +150,18 @@ class Runner:
         )
         with ALONE:
             torch.cuda.synchronize()  # steps run on a stream of their own
+
+    def _decoder_on_card(self, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> Decoder:
+        try:
+            with checkpoint.stream(self.device) as load:
+                return Decoder(
+                    checkpoint.config, load, self.kernels, self.dtype, self.device, self.max_len, progress
+                )
+        except torch.OutOfMemoryError as e:
+            raise OutOfMemoryError(
+                f"{self.device_name} ran out of memory while the weights were loaded: end what else uses it, or use "
+                "device cpu"
+            ) from e
 
     def _steps(
         self,
@@ -188,7 +197,7 @@ class Runner:
     def close(self) -> None:
         """Wait for what still runs beside the engine."""
         if self._compiler is not None:
-            self._compiler.wait()
+            self._compiler.stop()
 
     def check_length(self, prompt_tokens: int) -> None:
         """Raise PromptTooLongError where a prompt leaves no room for an answer in window or pool."""

@@ -175,7 +175,9 @@ class HostSteps:
                 open_to = sampling.allowed_tokens(allowed[i], len(values))
                 picked[i] = sampling.sample(values, open_to, params, row.start + row.count)
         chosen = logits.gather(1, picked.clamp(min=0)[:, None])[:, 0]
-        self.sampled[torch.tensor([row.request.slot for row in rows])] = picked
+        # a request that ended has no slot any more, and its old one may be another's
+        kept = [i for i, row in enumerate(rows) if flight.valid[i] and row.request.slot >= 0]
+        self.sampled[[rows[i].request.slot for i in kept]] = picked[kept].clamp(min=0)
         top_ids, top_logits = (
             (t.cpu().numpy() for t in self.kernels.likeliest(logits, bits, count))
             if count

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -19,6 +20,9 @@ from ragate_engine.model import Decoder
 from ragate_engine.request import Completion, Request, Row, SamplingParams, Status, StepPlan
 from ragate_engine.steps import Steps
 from ragate_engine.weights import names
+
+if TYPE_CHECKING:
+    from ragate_engine.grammar import GrammarState
 
 ROWS = (60, 1)
 """Rows of the steps: a prompt, and a single new token."""
@@ -68,6 +72,7 @@ def run_steps(
         for i, count in enumerate(rows):
             if i:
                 request.tokens += [1] * count
+                request.grammar = cast("GrammarState", object())  # the choice comes later then, under a mask
             row = Row(request, request.computed, count, wants_logits=True, epoch=request.epoch)
             flight = steps.launch(StepPlan((row,)))
             request.computed += count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from concurrent.futures import wait
@@ -172,3 +173,36 @@ def test_the_cards_modules_are_imported_where_there_is_no_card() -> None:
         [sys.executable, "-c", code], env=plain, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr
+
+
+def test_a_request_that_ends_a_step_ahead_leaves_its_neighbours_tokens_alone() -> None:
+    """The step in flight still samples for it: that token has no place to go, least of all another's."""
+    rng = random.Random(1)
+    second = [rng.randrange(512) for _ in range(20)]
+    asked = SamplingParams(max_tokens=24, ignore_eos=True, logprobs=1)
+    end = None
+    with serve(overlap=False) as engine:
+        alone = engine.submit(second, asked).result(timeout=60).tokens
+        while end is None:  # a prompt whose answer brings something new after a while
+            first = [rng.randrange(512) for _ in range(20)]
+            ids = [token.id for token in engine.submit(first, asked).result(timeout=60).tokens]
+            end = next((token for i, token in enumerate(ids) if i >= 3 and token not in ids[:i]), None)
+    with serve(overlap=True, max_batch=2, prefix_cache=False) as engine:
+        for prompt, tokens in ((first, 3), (second, 8)):  # so that the places come in another order
+            answer(engine, prompt, tokens)
+        engine._end_tokens = frozenset({end})
+        for one, other in ((second, first), (first, second)):
+            futures = {
+                tuple(p): engine.submit(p, replace(asked, ignore_eos=p is second)) for p in (one, other)
+            }
+            assert futures[tuple(second)].result(timeout=60).tokens == alone
+            assert len(futures[tuple(first)].result(timeout=60).tokens) < 24
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("kv_dtype", "fp8"), ("device", "gpu"), ("dtype", "half"), ("kernels", "fast")],
+)
+def test_a_setting_that_is_not_known_is_refused_by_name(field: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field} must be one of auto, .*, got '{value}'"):
+        EngineConfig(**{field: value})

@@ -351,6 +351,7 @@ def test_every_row_reads_each_of_its_chunks_once(drawn, multiprocessors: int, ma
     first_row = (np.cumsum(counts) - counts).astype(np.int32)
     plan = plan_attention(first_row, starts, counts, tables, shape, multiprocessors, max_parts)
 
+    assert len(plan.small) + len(plan.big) <= counts.sum() + plan.parts, "the plan buffer has room for these"
     owner = np.repeat(np.arange(len(counts)), counts)
     position = np.arange(len(owner)) - first_row[owner] + starts[owner]
     read: dict[int, list[int]] = {row: [] for row in range(len(owner))}

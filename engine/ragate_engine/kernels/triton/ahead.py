@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -48,6 +49,7 @@ class AheadCompiler:
         """For steps of `buckets` rows and up to `most_wanted` wanted ones, with caches of `kv_dtype`."""
         self._arguments = (model, dtype, kv_dtype, buckets, most_wanted)
         self._ready = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ragate-compile", daemon=True)
         self._thread.start()
 
@@ -55,8 +57,9 @@ class AheadCompiler:
         """Until the kernels of small steps are there."""
         self._ready.wait()
 
-    def wait(self) -> None:
-        """Until all are there."""
+    def stop(self) -> None:
+        """Leave what has not begun, and wait for the rest."""
+        self._stopped.set()
         self._thread.join()
 
     def _run(self) -> None:
@@ -65,20 +68,21 @@ class AheadCompiler:
             with torch.inference_mode():
                 first, rest = _jobs(*self._arguments)
                 with ThreadPoolExecutor(max(2, os.cpu_count() or 1), "ragate-compile") as pool:
-                    list(pool.map(_attempt, first))
+                    attempt = partial(_attempt, self._stopped)
+                    list(pool.map(attempt, first))
                     self._ready.set()
-                    list(pool.map(_attempt, rest))
+                    list(pool.map(attempt, rest))
+        except (RuntimeError, OSError):  # no memory, say: then kernels compile where they are used
+            return
         finally:
             self._ready.set()
 
 
-def _attempt(job: Job) -> None:
-    """A kernel that fails is left to fail where it is used."""
-    with torch.inference_mode():
-        try:
-            job()
-        except RuntimeError:
-            return
+def _attempt(stopped: threading.Event, job: Job) -> None:
+    if stopped.is_set():
+        return
+    with torch.inference_mode(), suppress(Exception):  # a kernel that fails is left to fail where it is used
+        job()
 
 
 def _jobs(
@@ -168,7 +172,7 @@ def _jobs(
             asked = torch.zeros(16, ROW_WORDS, dtype=torch.int32, device=card)
             out = torch.empty(16, out_width(count), dtype=torch.int32, device=card)
             mask = fake(torch.int32, 16, -(-model.vocab_size // 32)) if masked else None
-            (rest if masked else first)[("choose", count, masked)] = partial(
+            first[("choose", count, masked)] = partial(
                 choose, workspace, logits, asked, mask, out, none, none_wanted
             )
     return list(first.values()), list(rest.values())

@@ -22,3 +22,12 @@ def programs() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
     return 4
+
+
+@functools.cache
+def shared_memory() -> int:
+    """Bytes of shared memory that one program may have; the H200's where kernels are interpreted."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return int(getattr(properties, "shared_memory_per_block_optin", 232_448))
+    return 232_448

@@ -187,6 +187,14 @@ def best_tile(M: int, N: int, K: int, gated: bool, wide: bool = False) -> Tile:
     return tile._replace(stages=4) if gated and tile.columns == 256 else tile
 
 
+def fitting(tile: Tile, item_bytes: int, gated: bool) -> Tile:
+    """`tile` with as many stages as the card's shared memory holds: the depth of a pipeline changes no bit."""
+    stage = (tile.rows + tile.columns) * tile.inner * item_bytes
+    out = tile.rows * tile.columns * item_bytes // (2 if gated else 1) if tile.persistent else 0
+    most = (device.shared_memory() - out) // stage
+    return tile if tile.stages <= most else tile._replace(stages=max(1, most))
+
+
 def prefetches(M: int, N: int, K: int, item_bytes: int) -> bool:
     """Whether the kernel for few rows asks for its first weights before its turn."""
     return M <= 16 and N * K * item_bytes <= PREFETCH_BYTES and K * item_bytes >= PREFETCH * 128
@@ -216,6 +224,7 @@ def product(
         tile = Tile(False, 64, 64, 64, 4, 3)
     if x.dtype == torch.float32:
         tile = Tile(False, min(tile.rows, 32), 32, 32, 4, 2)
+    tile = fitting(tile, x.element_size(), packed.gated)
     if tile.persistent:
         tiles = triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns)
         store_columns = tile.columns // 2 if packed.gated else tile.columns
