@@ -188,8 +188,8 @@ def test_a_request_that_ends_a_step_ahead_leaves_its_neighbours_tokens_alone() -
             ids = [token.id for token in engine.submit(first, asked).result(timeout=60).tokens]
             end = next((token for i, token in enumerate(ids) if i >= 3 and token not in ids[:i]), None)
     with serve(overlap=True, max_batch=2, prefix_cache=False) as engine:
-        for prompt, tokens in ((first, 3), (second, 8)):  # so that the places come in another order
-            answer(engine, prompt, tokens)
+        # two at once and of unequal length first, so that their places are given out in another order
+        wait([engine.submit(p, replace(asked, max_tokens=n)) for p, n in ((first, 3), (second, 8))])
         engine._end_tokens = frozenset({end})
         for one, other in ((second, first), (first, second)):
             futures = {
