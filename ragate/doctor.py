@@ -163,8 +163,6 @@ def _room(settings: Settings, choice: catalog.JudgeChoice) -> str | None:
         block = block_bytes(checkpoint.config, kept)
         need = budget.need_of(checkpoint.config, checkpoint.parameters, config, 2, block, MAX_PARTS)
         blocks = budget.kv_blocks(devices.card(), need)
-        if kv is None:
-            blocks = int(blocks * budget.KV_SHARE)
     except EngineError as e:
         return f"it does not fit: {e}"
     except ImportError as e:

@@ -122,6 +122,8 @@ def kv_blocks(card: Card, need: Need) -> int:
                 f"cache: set kv_gib to {fits:g} or less, or leave it out"
             )
         blocks = asked
+    else:
+        blocks = int(blocks * KV_SHARE)
     return max(MIN_BLOCKS, min(blocks, need.max_batch * -(-need.window // BLOCK_SIZE)))
 
 

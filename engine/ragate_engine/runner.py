@@ -134,8 +134,6 @@ class Runner:
         with ALONE:
             torch.cuda.empty_cache()  # what was read ahead goes back before free memory is measured
         blocks = budget.kv_blocks(card(), need.loaded())
-        if config.kv_bytes is None:
-            blocks = max(budget.MIN_BLOCKS, int(blocks * budget.KV_SHARE))
         self.kv = KVCache(model, blocks, self.kernels, kv_dtype, self.device)
         if kv_dtype != self.dtype:
             self.kv.scale(self.decoder.kv_ranges())

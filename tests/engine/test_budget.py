@@ -101,8 +101,8 @@ def test_what_fits_before_loading_fits_after_it(card: Card, need: Need) -> None:
 def test_an_8b_model_on_a_large_card_gets_all_that_its_requests_can_use() -> None:
     blocks = kv_blocks(card(139), llama(max_batch=64))
     assert blocks == 64 * 8192 // 16
-    # 2 MiB a block: 139 GiB less 2.8 of margin, 15 of weights and 4 of workspace
-    assert 55_000 < kv_blocks(card(139), llama()) < 61_000
+    # 2 MiB a block: four fifths of 139 GiB less 2.8 of margin, 15 of weights and 4 of workspace
+    assert 44_000 < kv_blocks(card(139), llama()) < 49_000
 
 
 def test_memory_that_a_setting_asks_for_is_all_that_is_taken() -> None:
