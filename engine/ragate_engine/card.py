@@ -62,6 +62,11 @@ def buckets_of(max_step_tokens: int) -> list[int]:
     return [*(b for b in BUCKETS if b < largest), largest]
 
 
+def most_wanted_of(max_batch: int) -> int:
+    """The padded number of rows whose logits a step may want."""
+    return -(-max_batch // 16) * 16
+
+
 @dataclass(eq=False)
 class CardFlight(Flight):
     """A step on the card, and where its choice will be."""
@@ -120,7 +125,7 @@ class CardSteps:
         model = decoder.config
         card = torch.device("cuda")
         self.buckets = buckets_of(max_step_tokens)
-        self.most_wanted = -(-max_batch // 16) * 16
+        self.most_wanted = most_wanted_of(max_batch)
         self.shape = decoder.layers[0].shape
         self.use_graphs = config.cuda_graphs
         self.stream = torch.cuda.Stream()
@@ -349,7 +354,7 @@ class CardSteps:
         top = padded_count(count)
         most = next((b for b in self.buckets if W <= b < self.most_wanted), self.most_wanted)
         self._asked_host.send(self._asked, W)
-        masked = len(masks) > 0 and self._masks_host is not None
+        masked = len(masks) > 0
         if masked and self._masks_host is not None:
             self._masks_host.send(self._masks, len(masks))
         with self._graph(("choose", most, masked, top, sampling)) as fresh:

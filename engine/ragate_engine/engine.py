@@ -73,7 +73,6 @@ class Engine:
         self._end_tokens = frozenset(tokenizer.eos_ids) if tokenizer is not None else frozenset()
         self._texts: dict[int, str] = {}
         """Tokens as text, as far as they were asked for."""
-        self._longest = self.max_len
         self._ids = itertools.count()
         self._inbox: list[Request] = []
         self._wake = threading.Condition()
@@ -111,7 +110,7 @@ class Engine:
 
         return Grammars(self.tokenizer, self._runner.vocab_size)
 
-    @property
+    @cached_property
     def max_len(self) -> int:
         """The longest sequence, prompt and answer together, in tokens."""
         return min(self._runner.max_len, self._runner.kv.num_blocks * BLOCK_SIZE)
@@ -140,9 +139,8 @@ class Engine:
         if params.schema is not None:
             request.grammar = self._grammars.start(params.schema)
         if self.config.prefix_cache:
-            extend_hashes(
-                request.hashes, request.tokens
-            )  # here, in the caller's thread: the engine's has enough to do
+            # in the caller's thread: the engine's has enough to do
+            extend_hashes(request.hashes, request.tokens)
         with self._wake:
             if self._failure is not None:
                 raise self._failure
@@ -405,7 +403,7 @@ class Engine:
 
     def _too_long(self, request: Request) -> bool:
         """Whether a request has all the tokens that its limit or the window allows."""
-        return len(request.output) >= request.params.max_tokens or len(request.tokens) >= self._longest
+        return len(request.output) >= request.params.max_tokens or len(request.tokens) >= self.max_len
 
     def _append(
         self,

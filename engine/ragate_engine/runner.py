@@ -101,7 +101,7 @@ class Runner:
         own = self.backend.startswith("triton")
         parts = 0
         if own:
-            from ragate_engine.card import MAX_PARTS, buckets_of
+            from ragate_engine.card import MAX_PARTS, buckets_of, most_wanted_of
 
             parts = MAX_PARTS
         here = card()
@@ -115,7 +115,7 @@ class Runner:
             from ragate_engine.kernels.triton.ahead import AheadCompiler
 
             self._compiler = AheadCompiler(
-                model, self.dtype, kv_dtype, buckets_of(self.max_step_tokens), -(-self.max_batch // 16) * 16
+                model, self.dtype, kv_dtype, buckets_of(self.max_step_tokens), most_wanted_of(self.max_batch)
             )
         self.decoder = self._decoder_on_card(checkpoint, progress)
         fell: Mapping[str, str] = {}
