@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import warnings
 from dataclasses import dataclass
@@ -128,6 +129,11 @@ def is_lost(error: BaseException) -> bool:
     return (
         text.startswith(("CUDA error", "CUDA driver error", "Triton Error [CUDA]")) or "CUBLAS_STATUS" in text
     )
+
+
+def keep_for_ever(thing: object) -> None:
+    """Never free `thing`: page-locked memory that is freed after its card is lost ends the process at once."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def _first_line(error: BaseException) -> str:

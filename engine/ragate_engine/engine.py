@@ -20,7 +20,7 @@ import torch
 
 from ragate_engine.blocks import BlockPool, extend_hashes
 from ragate_engine.config import BLOCK_SIZE, EngineConfig
-from ragate_engine.devices import failure, pick_device, wake
+from ragate_engine.devices import failure, is_lost, keep_for_ever, pick_device, wake
 from ragate_engine.errors import EngineClosedError, EngineError, GrammarError, PromptTooLongError
 from ragate_engine.request import Completion, Request, SamplingParams, Status, TokenInfo, Usage
 from ragate_engine.runner import Runner
@@ -213,6 +213,8 @@ class Engine:
             self._fail_all(EngineClosedError("the engine was closed before this request was done"))
         except BaseException as e:  # a panic in a native library too: every future must be resolved
             error = failure(e, self._runner.device_name)
+            if is_lost(e):
+                keep_for_ever(self._runner.steps)
             logging.getLogger(__name__).debug("the engine's loop ended", exc_info=e)
             if error is not e:
                 # without its frames, which would keep the engine and its memory for as long as anyone has the error

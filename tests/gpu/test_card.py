@@ -251,7 +251,7 @@ def test_steps_launch_no_linear_kernel_that_was_not_compiled_ahead(monkeypatch: 
     # a layer of Qwen2.5-1.5B: weights small enough to be asked for ahead of their turn, and larger ones
     model = ModelConfig("qwen2", 1024, 1536, 8960, 1, 12, 2, 128, 4096, qkv_bias=True)
     rows = (1, 40, 100, 200, 2000)
-    AheadCompiler(model, BF16, BF16, buckets_of(max(rows)), 16).wait()
+    AheadCompiler(model, BF16, BF16, buckets_of(max(rows)), 16)._thread.join()
     ahead = compiled()
     assert ahead >= 10
     config = EngineConfig(device="cuda", cuda_graphs=False)

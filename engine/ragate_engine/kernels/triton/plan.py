@@ -42,7 +42,7 @@ MIN_SPLIT = 3
 """Chunks from which on reading them side by side gains more than merging costs."""
 SHORT = 16
 """Tokens of a run that is still cheap to split by chunk."""
-PER_PROGRAM = 6
+PER_PROGRAM = 3
 """A short run is split where it reads more than this part of the chunks that a multiprocessor has to read."""
 ORDER_COLUMNS = 8
 
