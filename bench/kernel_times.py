@@ -1,8 +1,9 @@
 """Where a step's time goes, kernel by kernel: decode steps of the judge workload, and a prefill step of 8,192 rows.
 
 The engine runs the same requests for 16 tokens and for 16 + 48, each under torch's profiler (the card's activities
-only): the difference is 48 decode steps and nothing else. The wall time of a step is the same difference without the
-profiler. A prefill step is one profiled step of eight prompts of 1,024 tokens.
+only): the difference is 48 decode steps and nothing else. Kernels are profiled one after the other; the wall time of a
+step is the same difference without the profiler and as served, where each kernel is set up while the one before it
+ends, so it is less than the sum. A prefill step is one profiled step of eight prompts of 1,024 tokens.
 
 usage: python bench/kernel_times.py 135m 8b [--out JSON]        (an NVIDIA card)
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import re
@@ -33,6 +35,8 @@ FEW, MORE = 16, 64
 BATCHES = (1, 256)
 PREFILL = (8, 1024)
 
+device: Any = importlib.import_module("ragate_engine.kernels.triton.device")
+
 Kernels = dict[str, tuple[int, float]]
 """By name: launches, and microseconds together."""
 
@@ -49,8 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for model in args.models:
         models[model] = steps_of(model)
         for name, step in models[model].items():
-            split = f" IN {step['steps']} STEPS" if step.get("steps", 1) != 1 else ""
-            print(f"{model} {name}: {step['wall_us']:.0f} us, kernels {step['kernel_us']:.0f} us{split}")
+            print(f"{model} {name}: {step['wall_us']:.0f} us, kernels {step['kernel_us']:.0f} us")
             for row in step["kernels"][:12]:
                 print(f"  {row['share']:6.1%} {row['us']:10.1f} us {row['launches']:6.0f} x {row['name']}")
     result.save(result.header("cuda") | {"models": models}, args.out)
@@ -58,20 +61,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def steps_of(model: str) -> dict[str, Any]:
     """The kinds of step of one model, each with its kernels by share."""
+    kernels, walls = timed(model, alone=True), timed(model, alone=False)
+    return {name: step_result(*kernels[name][:2], walls[name][2]) for name in kernels}
+
+
+def timed(model: str, alone: bool) -> dict[str, tuple[Kernels, int, float]]:
+    """Of each kind of step: what its kernels took (`alone` only), how many steps that is, and wall seconds of one.
+
+    `alone`: no kernel is set up while the one before it ends, else the time that it waits would be counted as its own.
+    """
+    overlapping, device.PDL = device.PDL, device.PDL and not alone
     checkpoint = open_model(model, "cuda")
     vocab = checkpoint.config.vocab_size
     config = EngineConfig(device="cuda", max_len=4096, max_batch=256, max_step_tokens=8192)
-    found: dict[str, Any] = {}
+    found: dict[str, tuple[Kernels, int, float]] = {}
     with Engine(checkpoint, config) as engine:
         for batch in BATCHES:
             prompts = workload.judge_prompts(-(-batch // workload.METRICS), vocab, seed=batch)[:batch]
             run(engine, prompts, MORE)  # graphs are captured, and the prompts are in the prefix cache
-            few, more = (profiled(partial(run, engine, prompts, out)) for out in (FEW, MORE))
+            kernels = {}
+            if alone:
+                kernels = difference(*(profiled(partial(run, engine, prompts, out)) for out in (FEW, MORE)))
             seconds = [min(run(engine, prompts, out) for _ in range(3)) for out in (FEW, MORE)]
             steps = MORE - FEW
-            found[f"decode b={batch}"] = step_result(
-                difference(few, more), steps, (seconds[1] - seconds[0]) / steps
-            )
+            found[f"decode b={batch}"] = (kernels, steps, (seconds[1] - seconds[0]) / steps)
         count, length = PREFILL
         prompts = [
             p[-length:]
@@ -79,15 +92,14 @@ def steps_of(model: str) -> dict[str, Any]:
         ]
         run(engine, prompts, 1)
         engine.reset_prefix_cache()
-        seconds = [run(engine, prompts, 1)]
+        wall = run(engine, prompts, 1)
         engine.reset_prefix_cache()
-        before = engine.usage()
-        kernels = profiled(partial(run, engine, prompts, 1))
-        steps = engine.usage().steps - before.steps
-        found[f"prefill {count}x{length}"] = step_result(kernels, 1, seconds[0]) | {"steps": steps}
+        kernels = profiled(partial(run, engine, prompts, 1)) if alone else {}
+        found[f"prefill {count}x{length}"] = (kernels, 1, wall)
     del engine
     gc.collect()
     torch.cuda.empty_cache()
+    device.PDL = overlapping
     return found
 
 
