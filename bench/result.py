@@ -45,13 +45,15 @@ def header(device: str) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit that is checked out; RAGATE_COMMIT where a copy of the files was brought without its repository."""
+    """RAGATE_COMMIT, for a copy of the files that was brought without its repository, else what is checked out."""
+    if named := os.environ.get("RAGATE_COMMIT"):
+        return named
     try:
         command = ["git", "-C", str(RESULTS), "rev-parse", "--verify", "HEAD"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        done = None
-    return done.stdout.strip() if done and done.returncode == 0 else os.environ.get("RAGATE_COMMIT") or None
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def save(result: dict[str, Any], path: Path | None) -> None:
