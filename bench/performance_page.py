@@ -34,6 +34,8 @@ def main(results: Path = RESULTS, page: Path = PAGE) -> None:
         _against_the_peer(found),
         _roofline(found, figures),
         _same_bits(found),
+        _cost(found),
+        _repeated(found),
         _kv_slots(found, figures),
         _start_up(found, figures),
         _kernels(found, figures),
@@ -67,6 +69,8 @@ class Results:
         self.limits = read(f"limits-{CARD}")
         self.engine = of_models("engine")
         self.invariance = of_models("invariance")
+        self.cost = read(f"invariance-cost-{CARD}")
+        self.repeated = read(f"repeat-eval-{CARD}-qwen-1.5b")
         self.soak = read(f"soak-{CARD}")
         self.kernels = read(f"kernels-{CARD}")
 
@@ -213,7 +217,8 @@ def _same_bits(found: Results) -> list[str]:
         "",
         *_paragraph(
             f"Of {count} requests of mixed lengths, greedy and sampled: how many have other token ids or logprobs than "
-            "in a batch of 256 with chunks of 2,048 and a cold cache (`bench/invariance.py`)."
+            "in a batch of 256 with chunks of 2,048 and a cold cache (`bench/invariance.py`). Qwen2.5-1.5B has its own "
+            "weights here, Q4_K_M."
         ),
         "| setting | " + " | ".join(MODELS[model] for model in models) + " |",
         "|---|" + "---|" * len(models),
@@ -228,6 +233,48 @@ def _same_bits(found: Results) -> list[str]:
             cells.append(f"{row['differ']}{preempted}" if row else "-")
         out.append(f"| {setting} | " + " | ".join(cells) + " |")
     return [*out, ""]
+
+
+def _cost(found: Results) -> list[str]:
+    if found.cost is None:
+        return []
+    models = {model: steps for model, steps in found.cost["models"].items() if model in MODELS}
+    rows = list(next(iter(models.values())))
+    out = [
+        "## What it costs",
+        "",
+        *_paragraph(
+            "The kernels of a layer as they serve, over the fastest choice of our own kernels for each shape where the "
+            "bits may change: any tile, K in two, four or eight segments, attention without fixed chunks or splits "
+            "(`bench/invariance_cost.py`). Single tokens at a context of 1,024 up to 256 rows, prompts above."
+        ),
+        "| rows of a step | " + " | ".join(MODELS[model] for model in models) + " |",
+        "|---|" + "---|" * len(models),
+    ]
+    for row in rows:
+        cells = " | ".join(f"{steps[row]['cost']:+.1%}" for steps in models.values())
+        out.append(f"| {int(row):,} | {cells} |")
+    return [*out, ""]
+
+
+def _repeated(found: Results) -> list[str]:
+    if found.repeated is None:
+        return []
+    runs = found.repeated["runs"]
+    alone = [run["seconds"] for run in runs if run["alone"]]
+    company = [run["seconds"] for run in runs if not run["alone"]]
+    same = (
+        "every run.json is the same file, byte for byte" if found.repeated["identical"] else "the runs differ"
+    )
+    return [
+        "## A whole evaluation, again and again",
+        "",
+        *_paragraph(
+            f"`ragate eval` of 100 items by Qwen2.5-1.5B Q4_K_M, answers by the demo pipeline, {len(runs)} times from "
+            f"nothing (`bench/repeat_eval.py`): {same}. Seconds from start to exit: {alone[0]:.1f} alone with no "
+            f"kernel compiled, {alone[-1]:.1f} alone later, {min(company):.1f} to {max(company):.1f} four at a time."
+        ),
+    ]
 
 
 def _kv_slots(found: Results, figures: Figures) -> list[str]:
@@ -290,8 +337,8 @@ def _kernels(found: Results, figures: Figures) -> list[str]:
         "## Time by kernel",
         "",
         *_paragraph(
-            "Shares of the card's time in one step of the judge workload (`bench/kernel_times.py`); *busy* is the "
-            "kernels' time over the step's wall time."
+            "Shares of the card's time in one step of the judge workload, each kernel alone (`bench/kernel_times.py`). "
+            "As served a step takes less than their sum, since a kernel is set up while the one before it ends."
         ),
     ]
     for model, steps in found.kernels["models"].items():
@@ -310,7 +357,7 @@ def _kernels(found: Results, figures: Figures) -> list[str]:
             wall = (
                 f"{step['wall_us'] / 1e3:.2f} ms" if step["wall_us"] >= 1e3 else f"{step['wall_us']:.0f} us"
             )
-            note = f"{wall}, {step['kernel_us'] / step['wall_us']:.0%} busy"
+            note = f"{wall} as served"
             rows.append(plots.Bar(label, (*parts, ("the others", rest)), note))
         title = f"Time by kernel, {MODELS[model]}"
         svg = plots.bars(title, rows, "us", shares=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import engine as engine_bench
-from bench import invariance, kernel_times, limits, peer, performance_page, plots, soak, workload
+from bench import invariance, kernel_times, limits, peer, performance_page, plots, repeat_eval, soak, workload
 from bench.random_model import LLAMA_8B, QWEN_1_5B, SMOL_135M, TINY, random_checkpoint, write_safetensors
 from bench.roofline import Ceilings, Shape, Work
 from ragate_engine import Engine, EngineConfig, SamplingParams
@@ -322,3 +322,21 @@ def test_labels_of_a_figure_cannot_break_it() -> None:
     svg = plots.bars("a < b & c", [plots.Bar('<x> "y"', (("k<int>", 1.0),))], "s")
     texts = [node.text for node in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
     assert texts[:2] == ["a < b & c", '<x> "y"']
+
+
+def test_evaluations_that_differ_by_a_byte_are_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def evaluate(options: list[str], folder: Path, alone: bool) -> dict[str, object]:
+        sha = "other" if folder.name == different else "same"
+        return {"seconds": 2.0, "evaluation_s": 1.0, "alone": alone, "sha256": sha}
+
+    monkeypatch.setattr(repeat_eval, "evaluate", evaluate)
+    command = ["--runs", "5", "--device", "cpu", "--out", str(tmp_path / "r.json"), "--", "--judge", "x"]
+    different = ""
+    assert repeat_eval.main(command) == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["options"] == ["--judge", "x"] and found["identical"]
+    assert [run["alone"] for run in found["runs"]] == [True, True, False, False, False]
+    different = "4"
+    assert repeat_eval.main(command) == 1

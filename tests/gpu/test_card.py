@@ -11,10 +11,13 @@ import importlib.util
 import json
 import os
 import random
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,6 +267,46 @@ def test_steps_launch_no_linear_kernel_that_was_not_compiled_ahead(monkeypatch: 
         rows,
     )
     assert compiled() == ahead
+
+
+CHILDREN = """
+import os, sys, threading, torch
+from pathlib import Path
+from ragate_engine.config import ModelConfig
+from ragate_engine.kernels.triton.ahead import AheadCompiler, _jobs
+from ragate_engine.card import buckets_of
+folder = Path(os.environ["TRITON_CACHE_DIR"])
+model = ModelConfig("qwen2", 1024, 1536, 8960, 1, 12, 2, 128, 4096, qkv_bias=True)
+arguments = (model, torch.bfloat16, torch.bfloat16, buckets_of(2000), 16)
+ahead = AheadCompiler.__new__(AheadCompiler)
+ahead._arguments = arguments
+children = ahead._children(torch.cuda.get_device_capability())
+first, rest = _jobs(torch.device("cuda"), *arguments)
+children.wait(range(len(first) + len(rest)), threading.Event())
+children.close()
+before = len(list(folder.glob("*/*.cubin")))
+with torch.inference_mode():
+    for job in [*first, *rest]:
+        job()
+torch.cuda.synchronize()
+print(len(children._done), len(first) + len(rest), before, len(list(folder.glob("*/*.cubin"))))
+"""
+
+
+def test_what_children_compile_is_what_the_card_is_asked_to_launch(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    ended = subprocess.run(
+        [sys.executable, "-c", CHILDREN],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env=environment,
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    done, jobs, before, after = map(int, ended.stdout.split())
+    assert done == jobs
+    assert before == after > 15
 
 
 # ---- a real model ----

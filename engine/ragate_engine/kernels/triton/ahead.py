@@ -1,17 +1,19 @@
 """Compiles the kernels that a model will need, many at a time, while its weights are still being read.
 
 Every kernel is launched once on no rows: what decides its code is the model's shapes, the type and the bucket. Those
-of small steps come first; the others are compiled while the engine already answers.
+of small steps come first; the others are compiled while the engine already answers. Where a model is new to this
+machine, child processes compile side by side first.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -20,6 +22,7 @@ from ragate_engine.devices import hash_triton
 from ragate_engine.kernels import HeadShape, StepInputs
 from ragate_engine.kernels.triton import attention, make_kv, rope_write_kv
 from ragate_engine.kernels.triton.attention import Work
+from ragate_engine.kernels.triton.children import Children, Job, Marker, compile_only
 from ragate_engine.kernels.triton.linear import PREFETCH_BYTES, Packed, best_tile, prefetches, product
 from ragate_engine.kernels.triton.pick import COUNTS, ROW_WORDS, PickWorkspace, choose, out_width
 from ragate_engine.kernels.triton.plan import HEADER, ROWS, WANTED
@@ -31,8 +34,6 @@ ATTENTION_BUCKETS = (16, 1024)
 """One bucket of each kind that attention has tiles for."""
 LIKELY = COUNTS[:2]
 """Numbers of alternatives that are asked for most."""
-
-Job = Callable[[], object]
 
 
 class AheadCompiler:
@@ -63,19 +64,41 @@ class AheadCompiler:
         self._thread.join()
 
     def _run(self) -> None:
+        children = None
         try:
             hash_triton()
+            capability = torch.cuda.get_device_capability()
+            marker = Marker(
+                capability, self._arguments, *map(Path.read_text, sorted(Path(__file__).parent.glob("*.py")))
+            )
             with torch.inference_mode():
-                first, rest = _jobs(*self._arguments)
+                if not marker.found():
+                    children = self._children(capability)
+                first, rest = _jobs(torch.device("cuda"), *self._arguments)
+                attempt = partial(_attempt, self._stopped)
                 with ThreadPoolExecutor(max(2, os.cpu_count() or 1), "ragate-compile") as pool:
-                    attempt = partial(_attempt, self._stopped)
+                    if children is not None:
+                        children.wait(range(len(first)), self._stopped)
                     list(pool.map(attempt, first))
                     self._ready.set()
+                    if children is not None:
+                        children.wait(range(len(first) + len(rest)), self._stopped)
                     list(pool.map(attempt, rest))
+            if not self._stopped.is_set():
+                marker.leave()
         except (RuntimeError, OSError):  # no memory, say: then kernels compile where they are used
             return
         finally:
             self._ready.set()
+            if children is not None:
+                children.close()
+
+    def _children(self, capability: tuple[int, int]) -> Children | None:
+        """Processes that compile the same launches, made on tensors that are not on the card."""
+        first, rest = _jobs(torch.device("cpu"), *self._arguments)
+        with suppress(OSError):
+            return Children([*first, *rest], partial(compile_only, capability))
+        return None
 
 
 def _attempt(stopped: threading.Event, job: Job) -> None:
@@ -86,10 +109,14 @@ def _attempt(stopped: threading.Event, job: Job) -> None:
 
 
 def _jobs(
-    model: ModelConfig, dtype: torch.dtype, kv_dtype: torch.dtype, buckets: Sequence[int], most_wanted: int
+    card: torch.device,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    buckets: Sequence[int],
+    most_wanted: int,
 ) -> tuple[list[Job], list[Job]]:
-    """Launches on no rows: what small steps need, and the rest."""
-    card = torch.device("cuda")
+    """Launches on no rows: what small steps need, and the rest; the costliest to compile come first."""
     plan = torch.zeros(HEADER, dtype=torch.int32, device=card)
     # the very places that steps take them from: Triton compiles for how addresses are aligned
     none, none_wanted = plan[ROWS : ROWS + 1], plan[WANTED : WANTED + 1]
@@ -107,6 +134,28 @@ def _jobs(
     rest: dict[object, Job] = {}
     q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     hidden, inner = model.hidden_size, model.intermediate_size
+    cos = torch.empty(1, model.head_dim, device=card)
+    scale = model.attn_scale if model.attn_scale is not None else model.head_dim**-0.5
+    cache = make_kv(1, model.num_kv_heads, model.head_dim, kv_dtype, card)
+    for layer in {model.window_of(i) is None: i for i in range(model.num_layers)}.values():
+        turned = int(model.head_dim * model.rope_of(layer).partial)
+        shape = HeadShape(model.num_heads, model.num_kv_heads, model.head_dim, turned)
+        window, cap = model.window_of(layer), model.attn_soft_cap
+        for bucket in ATTENTION_BUCKETS:
+            qkv = fake(dtype, bucket, q + 2 * kv)
+            zeros = torch.zeros(bucket, dtype=torch.int32, device=card)
+            for kinds in ((True, False, False), (False, True, False), (False, False, True)):
+                work = Work(plan, zeros, torch.empty(1, device=card), *kinds)
+                step = StepInputs(zeros, zeros, zeros, plan, work, zeros, none, none_wanted, none)
+                jobs = first if bucket <= FIRST_BUCKET else rest
+                jobs[("attention", window is None, bucket, kinds)] = partial(
+                    attention, qkv, cache, step, shape, scale, window, cap
+                )
+        norm = fake(dtype, model.head_dim) if model.qk_norm else None
+        first[("rope", turned)] = partial(
+            rope_write_kv, fake(dtype, 16, q + 2 * kv), norm, norm, 1e-5, cos, cos, step, cache, shape
+        )
+
     shapes = [
         (q + 2 * kv, hidden, model.qkv_bias, False, False),
         (hidden, q, False, False, False),
@@ -135,28 +184,6 @@ def _jobs(
                 y,
             )
             (first if bucket <= FIRST_BUCKET else rest)[key] = job
-
-    cos = torch.empty(1, model.head_dim, device=card)
-    scale = model.attn_scale if model.attn_scale is not None else model.head_dim**-0.5
-    cache = make_kv(1, model.num_kv_heads, model.head_dim, kv_dtype, card)
-    for layer in {model.window_of(i) is None: i for i in range(model.num_layers)}.values():
-        turned = int(model.head_dim * model.rope_of(layer).partial)
-        shape = HeadShape(model.num_heads, model.num_kv_heads, model.head_dim, turned)
-        window, cap = model.window_of(layer), model.attn_soft_cap
-        for bucket in ATTENTION_BUCKETS:
-            qkv = fake(dtype, bucket, q + 2 * kv)
-            zeros = torch.zeros(bucket, dtype=torch.int32, device=card)
-            for kinds in ((True, False, False), (False, True, False), (False, False, True)):
-                work = Work(plan, zeros, torch.empty(1, device=card), *kinds)
-                step = StepInputs(zeros, zeros, zeros, plan, work, zeros, none, none_wanted, none)
-                jobs = first if bucket <= FIRST_BUCKET else rest
-                jobs[("attention", window is None, bucket, kinds)] = partial(
-                    attention, qkv, cache, step, shape, scale, window, cap
-                )
-        norm = fake(dtype, model.head_dim) if model.qk_norm else None
-        first[("rope", turned)] = partial(
-            rope_write_kv, fake(dtype, 16, q + 2 * kv), norm, norm, 1e-5, cos, cos, step, cache, shape
-        )
 
     h, weight = fake(dtype, 16, hidden), fake(dtype, hidden)
     zeros = torch.zeros(16, dtype=torch.int32, device=card)
