@@ -82,6 +82,14 @@ def from_hf(name: str, sandwich_norm: bool) -> str | None:
     return _HF_TOP.get(name)
 
 
+def to_hf(name: str, sandwich_norm: bool) -> str:
+    """The Hugging Face name of a canonical tensor (`layers.0.qkv` and `gate_up` where it is to be fused)."""
+    layer, dot, leaf = name.rpartition(".")
+    table = (_HF_LAYER | _HF_SANDWICH if sandwich_norm else _HF_LAYER) if dot else _HF_TOP
+    stored = next(theirs for theirs, ours in table.items() if ours == leaf)
+    return stored if leaf == "lm_head" else f"model.{layer}{dot}{stored}"
+
+
 def expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a model of this configuration has, with its shape ([out_features, in_features])."""
     hidden, inner = config.hidden_size, config.intermediate_size
