@@ -244,7 +244,7 @@ def test_a_head_that_is_stored_though_tied_is_left_alone(tmp_path):
         ({"rms_norm_eps": 10**400}, "finite"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "relu"}, "'relu'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "GGUF"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "GGUF"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "rope"),
@@ -271,8 +271,10 @@ def test_a_broken_folder_is_refused_in_one_sentence(tmp_path):
     assert "no *.safetensors" in refusal(tmp_path)
     weights.write_bytes(whole)
     tensors = load_file(weights)
-    save_file(tensors | {"model.layers.0.mlp.up_proj.weight": torch.zeros(40, 32, dtype=torch.int8)}, weights)
-    assert "type I8" in refusal(tmp_path)
+    save_file(
+        tensors | {"model.layers.0.mlp.up_proj.weight": torch.zeros(40, 32, dtype=torch.int16)}, weights
+    )
+    assert "type I16" in refusal(tmp_path)
     save_file(tensors | {"model.layers.0.extra.weight": torch.zeros(2)}, weights)
     assert "model.layers.0.extra.weight" in refusal(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(

@@ -26,6 +26,7 @@ COMPRESSED_BITS = (4, 8)
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column 8 c + _AWQ_ORDER[i] is field i of word c (AutoAWQ, awq/utils/packing_utils.py)."""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_INDICES = (torch.int32, torch.int64)
 
 Shape = tuple[int, ...]
 
@@ -100,8 +101,8 @@ def awq_shape(tensors: Mapping[str, torch.Tensor], bits: int, group: int, name: 
     width, words = _matrix(tensors, "qweight", name)
     shape = (words * 32 // bits, width)
     groups = _groups(width, group, name)
-    _fits(tensors, "qzeros", (groups, words), name)
-    _fits(tensors, "scales", (groups, shape[0]), name)
+    _fits(tensors, "qzeros", (groups, words), name, (torch.int32,))
+    _fits(tensors, "scales", (groups, shape[0]), name, _FLOATS)
     return shape
 
 
@@ -152,7 +153,7 @@ def pack_gptq(
 def gptq_shape(tensors: Mapping[str, torch.Tensor], bits: int, group: int, name: str) -> tuple[int, int]:
     """As `awq_shape`, for AutoGPTQ's layout; `g_idx` may be missing."""
     if bits not in GPTQ_BITS:
-        raise ModelFileError(f"{name} is packed in {bits} bits: of GPTQ, {_listed(GPTQ_BITS)} are read")
+        raise ModelFileError(f"{name} is packed in {bits} bits: of GPTQ, {listed(GPTQ_BITS)} are read")
     _has(tensors, ("qweight", "qzeros", "scales"), name)
     words, out = _matrix(tensors, "qweight", name)
     if words * 32 % bits or out * bits % 32 or (bits == 3 and words % 3):
@@ -161,10 +162,10 @@ def gptq_shape(tensors: Mapping[str, torch.Tensor], bits: int, group: int, name:
         )
     width = words * 32 // bits
     groups = _groups(width, group, name)
-    _fits(tensors, "qzeros", (groups, out * bits // 32), name)
-    _fits(tensors, "scales", (groups, out), name)
+    _fits(tensors, "qzeros", (groups, out * bits // 32), name, (torch.int32,))
+    _fits(tensors, "scales", (groups, out), name, _FLOATS)
     if "g_idx" in tensors:
-        _fits(tensors, "g_idx", (width,), name)
+        _fits(tensors, "g_idx", (width,), name, _INDICES)
     return out, width
 
 
@@ -184,6 +185,102 @@ def unpack_gptq(
         zeros = zeros.int().add(1).bitwise_and((1 << bits) - 1)
     order = _order(tensors.get("g_idx"), zeros.shape[1], width, name)
     return _affine(codes, tensors["scales"].T, zeros, bits, (out, width), order, name)
+
+
+# --- compressed-tensors ---------------------------------------------------------------------------------
+
+
+def compressed_shape(
+    tensors: Mapping[str, torch.Tensor], bits: int, group: int, name: str
+) -> tuple[int, int]:
+    """As `awq_shape`, for "pack-quantized"; the two numbers of `weight_shape` are read, so it must hold them."""
+    if bits not in COMPRESSED_BITS:
+        raise ModelFileError(
+            f"{name} is packed in {bits} bits: of compressed-tensors, {listed(COMPRESSED_BITS)} are read"
+        )
+    _has(tensors, ("weight_packed", "weight_scale", "weight_shape"), name)
+    out, words = _matrix(tensors, "weight_packed", name)
+    stated = tensors["weight_shape"].flatten().tolist()
+    if len(stated) != 2 or stated[0] != out or -(-stated[1] * bits // 32) != words:
+        raise ModelFileError(
+            f"{name}.weight_packed has shape {[out, words]}, which {stated} weights of {bits} bits do not fill"
+        )
+    width = int(stated[1])
+    _check_scales(tensors, out, width, bits, group, name)
+    return out, width
+
+
+def unpack_compressed(tensors: Mapping[str, torch.Tensor], bits: int, group: int, name: str) -> QuantTensor:
+    """A weight of compressed-tensors' "pack-quantized"; `group` -1 is a whole row.
+
+    Parts: weight_packed int32 [out, in * bits / 32], rounded up; weight_scale [out, groups] (or [out], or one for
+    all); weight_shape int [2]; maybe weight_zero_point, int32 [out * bits / 32, groups], rounded up, or not packed,
+    int8 and shaped as the scales; maybe weight_g_idx int [in]. Codes and zero points are signed, and packed with
+    2**(bits - 1) added. Source: compressed-tensors, compressors/pack_quantized, `unpack_from_int32`. Raises
+    ModelFileError as `unpack_gptq` does.
+    """
+    shape = compressed_shape(tensors, bits, group, name)
+    codes = unpack_words(tensors["weight_packed"], bits)[:, : shape[1]].contiguous()
+    return _compressed(codes, tensors, bits, shape, group, name)
+
+
+def int8_shape(tensors: Mapping[str, torch.Tensor], group: int, name: str) -> tuple[int, int]:
+    """As `awq_shape`, for int8 weights that lie there as they are."""
+    _has(tensors, ("weight", "weight_scale"), name)
+    out, width = _matrix(tensors, "weight", name, torch.int8)
+    _check_scales(tensors, out, width, 8, group, name)
+    return out, width
+
+
+def unpack_int8(tensors: Mapping[str, torch.Tensor], group: int, name: str) -> QuantTensor:
+    """int8 weights as they are: compressed-tensors' "int-quantized". Parts as in `unpack_compressed`, but for `weight`,
+    int8 [out, in], in place of weight_packed and weight_shape. Raises ModelFileError as `unpack_gptq` does.
+    """
+    shape = int8_shape(tensors, group, name)
+    codes = tensors["weight"].view(torch.uint8) ^ 128  # 128 more, without the sign
+    return _compressed(codes, tensors, 8, shape, group, name)
+
+
+def _check_scales(
+    tensors: Mapping[str, torch.Tensor], out: int, width: int, bits: int, group: int, name: str
+) -> None:
+    """Do scales, zero points and g_idx go with weights [out, in]?"""
+    groups = _groups(width, group, name)
+    shape = tuple(tensors["weight_scale"].shape)
+    expected = shape if groups == 1 and shape in ((), (1,), (out,), (1, 1)) else (out, groups)
+    _fits(tensors, "weight_scale", expected, name, _FLOATS)
+    zeros = tensors.get("weight_zero_point")
+    if zeros is not None:
+        packed = zeros.dtype == torch.int32
+        fitting = (-(-out * bits // 32), groups) if packed else expected
+        _fits(tensors, "weight_zero_point", fitting, name, (torch.int8, torch.int32))
+    if "weight_g_idx" in tensors:
+        _fits(tensors, "weight_g_idx", (width,), name, _INDICES)
+
+
+def _compressed(
+    codes: torch.Tensor,
+    tensors: Mapping[str, torch.Tensor],
+    bits: int,
+    shape: tuple[int, int],
+    group: int,
+    name: str,
+) -> QuantTensor:
+    """The weight of unsigned codes [out, in] and of what lies beside them."""
+    out, width = shape
+    groups = _groups(width, group, name)
+    scales = tensors["weight_scale"].reshape(-1, groups).expand(out, groups)
+    zeros, middle = tensors.get("weight_zero_point"), 1 << bits - 1
+    if zeros is None:
+        zeros = torch.full_like(scales, middle, dtype=torch.int32)
+    elif zeros.dtype == torch.int32:
+        zeros = unpack_words(zeros.T.contiguous(), bits)[:, :out].T
+    else:
+        zeros = zeros.reshape(-1, groups).expand(out, groups).int() + middle
+    g_idx = tensors.get("weight_g_idx")
+    if g_idx is not None and bool((g_idx == -1).all()):  # as it is before calibration
+        g_idx = None
+    return _affine(codes, scales, zeros, bits, shape, _order(g_idx, groups, width, name), name)
 
 
 # --- what they share ------------------------------------------------------------------------------------
@@ -225,7 +322,7 @@ def _order(g_idx: torch.Tensor | None, groups: int, width: int, name: str) -> to
     if torch.equal(g_idx.long(), in_turn):
         return None
     order = g_idx.argsort(stable=True)
-    if not torch.equal(g_idx[order].long(), in_turn):
+    if not torch.equal(g_idx[order].long(), in_turn):  # of another range too
         raise ModelFileError(
             f"{name}.g_idx does not give each of {groups} groups {each} of {width} inputs: "
             "fetch or quantize the model again"
@@ -248,21 +345,30 @@ def _has(tensors: Mapping[str, torch.Tensor], parts: tuple[str, ...], name: str)
             raise ModelFileError(f"{name} lacks its {part}: fetch or quantize the model again")
 
 
-def _matrix(tensors: Mapping[str, torch.Tensor], part: str, name: str) -> tuple[int, int]:
-    """The shape of packed words that must be a matrix."""
+def _matrix(
+    tensors: Mapping[str, torch.Tensor], part: str, name: str, dtype: torch.dtype = torch.int32
+) -> tuple[int, int]:
+    """The shape of codes, which must be a matrix of `dtype`."""
     shape = tuple(tensors[part].shape)
     if len(shape) != 2 or 0 in shape:
-        raise ModelFileError(f"{name}.{part} has shape {list(shape)}, expected a matrix of words")
-    _is_typed(tensors[part], (torch.int32,), f"{name}.{part}")
+        raise ModelFileError(f"{name}.{part} has shape {list(shape)}, expected a matrix")
+    _is_typed(tensors[part], (dtype,), f"{name}.{part}")
     return shape[0], shape[1]
 
 
-def _fits(tensors: Mapping[str, torch.Tensor], part: str, expected: Shape, name: str) -> None:
+def _fits(
+    tensors: Mapping[str, torch.Tensor],
+    part: str,
+    expected: Shape,
+    name: str,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
     """Is a part, other than the codes, of the shape and of a type that go with them?"""
-    tensor = tensors[part]
-    if tuple(tensor.shape) != expected:
-        raise ModelFileError(f"{name}.{part} has shape {list(tensor.shape)}, expected {list(expected)}")
-    _is_typed(tensor, _FLOATS if part.endswith(("scales", "scale")) else (torch.int32,), f"{name}.{part}")
+    if tuple(tensors[part].shape) != expected:
+        raise ModelFileError(
+            f"{name}.{part} has shape {list(tensors[part].shape)}, expected {list(expected)}"
+        )
+    _is_typed(tensors[part], dtypes, f"{name}.{part}")
 
 
 def _is_typed(tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], name: str) -> None:
@@ -273,7 +379,7 @@ def _is_typed(tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], name: str) 
         )
 
 
-def _listed(bits: tuple[int, ...]) -> str:
+def listed(bits: tuple[int, ...]) -> str:
     """`(2, 4, 8)` as `2, 4 and 8 bits`."""
     *rest, last = map(str, bits)
-    return f"{', '.join(rest)} and {last} bits"
+    return f"{', '.join(rest)} and {last} bits" if rest else f"{last} bits"

@@ -34,9 +34,9 @@ class Checkpoint:
     tokenizer: Tokenizer | None
     """`None` only for a safetensors folder that has no tokenizer files."""
     tensors: Mapping[str, Callable[[], Weight]]
-    """A loader per canonical name (`weights/names.py`); a `stream.Stored` where it lies in a file."""
+    """A loader per canonical name (`weights/names.py`); a `stream.Stored` or `Joined` where it lies in files."""
     quantization: str
-    """Such as `Q4_K_M`, or `bfloat16` for plain weights."""
+    """Such as `Q4_K_M` or `AWQ int4 g128`, or `bfloat16` for plain weights."""
     files: tuple[Path, ...]
 
     @property
@@ -131,12 +131,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
         config = safetensors.model_config(path)
         files = safetensors.weight_files(path)
+        scheme = safetensors.scheme(path)
         return Checkpoint(
             path=path,
             config=config,
             tokenizer=Tokenizer.from_folder(path),
-            tensors=safetensors.tensors(path, files, config),
-            quantization=safetensors.quantization(files),
+            tensors=safetensors.tensors(path, files, config, scheme),
+            quantization=safetensors.quantization(files, scheme),
             files=(*files, path / "config.json"),
         )
     if not path.exists():

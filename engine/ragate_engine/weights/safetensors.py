@@ -1,10 +1,11 @@
-"""Hugging Face folders: config.json, and weights in *.safetensors, as canonical tensors on demand."""
+"""Hugging Face folders: config.json, and weights in *.safetensors, plain or quantized, as canonical tensors."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,17 @@ from ragate_engine.errors import ConfigError, ModelFileError
 from ragate_engine.weights import names
 from ragate_engine.weights.fields import Fields, read_json
 from ragate_engine.weights.gguf import window_layers
-from ragate_engine.weights.stream import Source, Stored
+from ragate_engine.weights.schemes import IGNORED, INT8, PARTS, Scheme, read_scheme
+from ragate_engine.weights.stream import Joined, Source, Stored, Weight
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ragate_engine.quant.tensor import QuantTensor
+
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PART_DTYPES = {**_DTYPES, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+"""Of the parts of quantized weights."""
 
 _ARCH = {
     "llama": "llama",
@@ -56,8 +62,6 @@ def model_config(folder: Path) -> ModelConfig:
             f"{path} describes a model of type {str(kind)[:40]!r}, which this engine does not serve: "
             f"it serves {', '.join(_ARCH)}"
         )
-    if values.get("quantization_config"):
-        raise ModelFileError(f"{path}: quantized safetensors are not read: take GGUF, or unquantized weights")
     if isinstance(values.get("text_config"), dict):  # the language half of a Gemma 3 that also sees
         values = {"tie_word_embeddings": values.get("tie_word_embeddings", True)} | values["text_config"]
     arch = _ARCH[kind]
@@ -200,16 +204,25 @@ def _open(file: Path) -> Any:
         raise ModelFileError(f"{file} is not a usable safetensors file: {error}: fetch it again") from None
 
 
-def quantization(files: tuple[Path, ...]) -> str:
-    """The dtype of the weights: that of the first tensor with two dimensions."""
+def scheme(folder: Path) -> Scheme | None:
+    """How config.json says that weights are quantized, if it does. Raises ModelFileError for ways not read."""
+    path = folder / "config.json"
+    return read_scheme(path, read_json(path))
+
+
+def quantization(files: tuple[Path, ...], stated: Scheme | None) -> str:
+    """The name of the scheme, or the dtype of the weights: that of the first tensor with two dimensions."""
+    if stated is not None:
+        return stated.named
+    kinds = []
     for file in files:
         with _open(file) as opened:
-            for name in sorted(opened.keys()):
-                part = opened.get_slice(name)
-                if len(part.get_shape()) == 2:
-                    kind = part.get_dtype()
-                    return str(_DTYPES.get(kind, kind)).removeprefix("torch.")
-    return "float32"
+            parts = [opened.get_slice(name) for name in sorted(opened.keys())]
+            kinds += [part.get_dtype() for part in parts if len(part.get_shape()) == 2]
+    if "I8" in kinds:
+        return INT8.named
+    kind = kinds[0] if kinds else "F32"
+    return str(_DTYPES.get(kind, kind)).removeprefix("torch.")
 
 
 def _starts(source: Source) -> dict[str, int]:
@@ -236,11 +249,38 @@ def _decoded(dtype: torch.dtype, shape: tuple[int, ...], add_one: bool, data: to
     return 1.0 + tensor.float() if add_one else tensor
 
 
-def tensors(folder: Path, files: tuple[Path, ...], config: ModelConfig) -> dict[str, Stored]:
-    """Where each tensor lies, by canonical name. Raises ModelFileError where they do not fit `config`."""
-    wanted = names.expected(config)
-    found: dict[str, Stored] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+@dataclass
+class _Found:
+    """The tensors of a folder, while its files are gone through."""
+
+    weights: dict[str, Stored | Joined] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    parts: dict[str, _Parts] = field(default_factory=dict)
+    """By module, such as `model.layers.0.mlp.up_proj`: the parts of its quantized weight."""
+
+    def add(self, piece: str, shape: tuple[int, ...], weight: Stored | Joined, origin: str) -> None:
+        """Take in a weight under its canonical name."""
+        if piece in self.weights:
+            raise ModelFileError(f"{origin} is there twice")
+        self.weights[piece], self.shapes[piece] = weight, shape
+
+
+@dataclass
+class _Parts:
+    """A quantized weight whose parts are being found, perhaps in several files."""
+
+    file: Path
+    """The file of the first of them."""
+    stored: dict[str, Stored] = field(default_factory=dict)
+    shown: dict[str, torch.Tensor] = field(default_factory=dict)
+    """On the meta device, for their shapes and dtypes; only weight_shape has its values."""
+
+
+def tensors(
+    folder: Path, files: tuple[Path, ...], config: ModelConfig, stated: Scheme | None
+) -> dict[str, Stored | Joined]:
+    """Where each tensor lies, by canonical name. Raises ModelFileError where they do not fit `config` or `stated`."""
+    found = _Found()
     for file in files:
         try:
             source = Source.of(file)
@@ -249,40 +289,100 @@ def tensors(folder: Path, files: tuple[Path, ...], config: ModelConfig) -> dict[
         with _open(file) as opened:
             starts = _starts(source)
             for stored in opened.keys():  # noqa: SIM118 - not a dict
-                name = names.from_hf(stored, config.sandwich_norm)
-                if name is None and any(part in stored for part in _IGNORED):
-                    continue
-                if name == "lm_head" and config.tie_embeddings:
-                    continue
-                if name is None:
-                    raise ModelFileError(f"{file}: tensor {stored} is none of a {config.arch} decoder's")
-                part = opened.get_slice(stored)
-                if part.get_dtype() not in _DTYPES:
-                    raise ModelFileError(
-                        f"{file}: tensor {stored} has type {part.get_dtype()}, which is not read: "
-                        f"take weights in {', '.join(_DTYPES)}, or GGUF"
-                    )
-                dtype, shape = _DTYPES[part.get_dtype()], tuple(part.get_shape())
-                row_bytes = math.prod(shape[1:]) * dtype.itemsize
-                prefix, _, leaf = name.rpartition(".")
-                pieces = {name: slice(None)}
-                if leaf in ("qkv", "gate_up"):
-                    pieces = {
-                        f"{prefix}.{key}": rows for key, rows in names.fused_parts(leaf, config).items()
-                    }
-                for piece, rows in pieces.items():
-                    if piece in found:
-                        raise ModelFileError(f"{file}: tensor {stored} is there twice")
-                    first, stop, _ = rows.indices(shape[0]) if shape else (0, 1, 1)
-                    shapes[piece] = (stop - first, *shape[1:]) if shape else ()
-                    found[piece] = Stored(
-                        source=source,
-                        offset=starts[stored] + first * row_bytes,
-                        nbytes=max(0, stop - first) * row_bytes,
-                        decode=partial(
-                            _decoded, dtype, shapes[piece], config.sandwich_norm and piece.endswith("norm")
-                        ),
-                        mapped=True,
-                    )
-    names.check(folder, shapes, wanted)
-    return found
+                _find(found, opened, stored, source, starts[stored], config, stated)
+    for module, parts in found.parts.items():
+        _join(found, module, parts, config, stated)
+    names.check(folder, found.shapes, names.expected(config))
+    return found.weights
+
+
+def _find(
+    found: _Found,
+    opened: Any,
+    stored: str,
+    source: Source,
+    offset: int,
+    config: ModelConfig,
+    stated: Scheme | None,
+) -> None:
+    """Take in the tensor that `opened` has under the name `stored`."""
+    file, part = source.path, opened.get_slice(stored)
+    kind, shape = part.get_dtype(), tuple(part.get_shape())
+    module, _, leaf = stored.rpartition(".")
+    packed = leaf in PARTS or (leaf == "weight" and kind == "I8")
+    name = names.from_hf(f"{module}.weight" if packed else stored, config.sandwich_norm)
+    if name is None and any(part in stored for part in _IGNORED):
+        return
+    if name == "lm_head" and config.tie_embeddings:
+        return
+    if stated is not None and (leaf in IGNORED or _is_filler(opened, stored, name, config)):
+        return
+    if name is None:
+        raise ModelFileError(f"{file}: tensor {stored} is none of a {config.arch} decoder's")
+    if packed and kind in _PART_DTYPES:
+        dtype = _PART_DTYPES[kind]
+        parts = found.parts.setdefault(module, _Parts(file))
+        if leaf in parts.stored:
+            raise ModelFileError(f"{file}: tensor {stored} is there twice")
+        nbytes = math.prod(shape) * dtype.itemsize
+        parts.stored[leaf] = Stored(
+            source, offset, nbytes, partial(_decoded, dtype, shape, False), mapped=True
+        )
+        small = leaf == "weight_shape" and math.prod(shape) <= 2
+        parts.shown[leaf] = (
+            opened.get_tensor(stored) if small else torch.empty(shape, dtype=dtype, device="meta")
+        )
+        return
+    if kind not in _DTYPES:
+        raise ModelFileError(
+            f"{file}: tensor {stored} has type {kind}, which is not read: take weights in {', '.join(_DTYPES)}, or GGUF"
+        )
+    dtype = _DTYPES[kind]
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    for piece, rows in _pieces(name, config).items():
+        first, stop, _ = rows.indices(shape[0]) if shape else (0, 1, 1)
+        piece_shape = (stop - first, *shape[1:]) if shape else ()
+        add_one = config.sandwich_norm and piece.endswith("norm")
+        weight = Stored(
+            source=source,
+            offset=offset + first * row_bytes,
+            nbytes=max(0, stop - first) * row_bytes,
+            decode=partial(_decoded, dtype, piece_shape, add_one),
+            mapped=True,
+        )
+        found.add(piece, piece_shape, weight, f"{file}: tensor {stored}")
+
+
+def _pieces(name: str, config: ModelConfig) -> dict[str, slice]:
+    """The canonical tensors that a stored one holds, with their rows: more than one where it is fused."""
+    prefix, _, leaf = name.rpartition(".")
+    if leaf in ("qkv", "gate_up"):
+        return {f"{prefix}.{key}": rows for key, rows in names.fused_parts(leaf, config).items()}
+    return {name: slice(None)}
+
+
+def _is_filler(opened: Any, stored: str, name: str | None, config: ModelConfig) -> bool:
+    """Is it one of the zeros that AutoGPTQ writes as the bias of a projection that has none?"""
+    if not stored.endswith("_proj.bias") or (config.qkv_bias and name is not None):
+        return False
+    return not bool(opened.get_tensor(stored).any())
+
+
+def _join(found: _Found, module: str, parts: _Parts, config: ModelConfig, stated: Scheme | None) -> None:
+    """Take in the quantized weight of `module`, now that all its parts are known."""
+    origin = f"{parts.file}: {module}"
+    scheme = INT8 if stated is None and "weight" in parts.stored else stated
+    if scheme is None:
+        raise ModelFileError(f"{origin} is packed, but config.json has no quantization_config that says how")
+    shape = scheme.shape(parts.shown, name=origin)
+    name = names.from_hf(f"{module}.weight", config.sandwich_norm)
+    assert name is not None
+    for piece, rows in _pieces(name, config).items():
+        join = partial(_unpacked, scheme, rows, origin)
+        first, stop, _ = rows.indices(shape[0])
+        found.add(piece, (stop - first, shape[1]), Joined(parts.stored, join), origin)
+
+
+def _unpacked(scheme: Scheme, rows: slice, name: str, parts: dict[str, Weight]) -> QuantTensor:
+    weight = scheme.unpack(parts, name=name)
+    return weight if rows == slice(None) else weight.rows(rows)

@@ -109,11 +109,25 @@ class Stored:
             raise self.source.unreadable(error) from None
 
 
+@dataclass(frozen=True)
+class Joined:
+    """A weight that is stored as several tensors, which need not be neighbours: codes, scales, zero points."""
+
+    parts: Mapping[str, Stored]
+    """Each of them plain: its `decode` gives a tensor."""
+    join: Callable[[dict[str, Weight]], Weight]
+    """Makes the weight of its parts, on whatever device they are."""
+
+    def __call__(self) -> Weight:
+        """The weight, on the CPU. Raises ModelFileError as `Stored` does, or what `join` finds wrong."""
+        return self.join({key: part() for key, part in self.parts.items()})
+
+
 class Uploader:
     """Loads tensors to a device by name, reading ahead in the order in which they will be asked for.
 
-    A tensor that is asked for out of order comes too, later; a loader that is no `Stored` is simply called. The
-    tensors are ready on the stream that is current where `load` is called. Use it with `with`.
+    A tensor that is asked for out of order comes too, later; a loader of another kind than `Stored` and `Joined` is
+    simply called. The tensors are ready on the stream that is current where `load` is called. Use it with `with`.
     """
 
     def __init__(
@@ -130,7 +144,9 @@ class Uploader:
         if device.type == "cuda" and device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._tensors = tensors
-        self._order = deque(name for name in order if isinstance(tensors[name], Stored))
+        stored = {name: _stored(name, loader) for name, loader in tensors.items()}
+        self._stored = {key: part for parts in stored.values() for key, part in parts.items()}
+        self._order = deque(key for name in order for key in stored[name])
         self._chunk_bytes = chunk_bytes
         self._ahead_bytes = ahead_bytes
         self._flying: dict[str, _Flight] = {}
@@ -147,15 +163,19 @@ class Uploader:
     def load(self, name: str) -> Weight:
         """The tensor on the device. Raises KeyError, ModelFileError, or torch's errors about the device."""
         loader = self._tensors[name]
-        if not isinstance(loader, Stored):
-            return loader()
-        flight = self._flying.pop(name, None)
+        if isinstance(loader, Joined):
+            return loader.join({part: self._arrived(_part_of(name, part)) for part in loader.parts})
+        return self._arrived(name) if isinstance(loader, Stored) else loader()
+
+    def _arrived(self, key: str) -> Weight:
+        """One of `_stored` on the device."""
+        flight = self._flying.pop(key, None)
         if flight is None:
             with suppress(ValueError):
-                self._order.remove(name)
-            flight = self._start(loader, urgent=True)
+                self._order.remove(key)
+            flight = self._start(self._stored[key], urgent=True)
         self._read_ahead()
-        return loader.decode(flight.landed())
+        return self._stored[key].decode(flight.landed())
 
     def close(self) -> None:
         """Stop reading ahead and wait for the copies under way."""
@@ -179,11 +199,10 @@ class Uploader:
         """Start the next tensors, as many as `ahead_bytes` allows."""
         flying = sum(len(flight.data) for flight in self._flying.values())
         while self._order and flying < self._ahead_bytes:
-            name = self._order[0]
-            stored = self._tensors[name]
-            assert isinstance(stored, Stored)
+            key = self._order[0]
+            stored = self._stored[key]
             try:
-                self._flying[name] = self._start(stored)
+                self._flying[key] = self._start(stored)
             except torch.OutOfMemoryError:
                 return  # whoever asks for it will hear, or there will be room by then
             self._order.popleft()
@@ -219,6 +238,17 @@ class Uploader:
                 job.flight.failed(error)
         if lane is not None:
             lane.close()
+
+
+def _stored(name: str, loader: Callable[[], Weight]) -> dict[str, Stored]:
+    """What lies in files of a weight, by names that no other weight uses."""
+    if isinstance(loader, Joined):
+        return {_part_of(name, part): stored for part, stored in loader.parts.items()}
+    return {name: loader} if isinstance(loader, Stored) else {}
+
+
+def _part_of(name: str, part: str) -> str:
+    return f"{name}/{part}"
 
 
 class _Flight:
