@@ -353,6 +353,30 @@ def models_verify(name: str | None) -> int:
     return 0
 
 
+@models.command("quantize")
+@click.argument("source")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--method", type=click.Choice(["gptq", "awq", "rtn"]), default="gptq", help="How [gptq].")
+@click.option("--bits", type=int, default=4, help="Bits of a weight [4].")
+@click.option("--group", type=int, default=128, help="Weights that share a scale; -1 is a whole row [128].")
+@click.option("--symmetric", is_flag=True, help="No zero points, as some fast kernels want it (rtn, gptq).")
+@click.option("--desc-act", is_flag=True, help="gptq: groups of columns in the order of their activations.")
+@click.option("--testset", help="Calibrate on the prompts for this test set [that of ragate.toml].")
+@click.option("--text", type=click.Path(path_type=Path), help="Calibrate on a text file instead.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to quantize [auto].")
+@click.option("--quiet", "-q", is_flag=True, help="No progress.")
+def models_quantize(source: str, folder: Path, quiet: bool, **options: Any) -> int:
+    """Make a smaller model of SOURCE, a catalogue name or a path, in FOLDER; resumes where it was stopped."""
+    from ragate.progress import Progress
+    from ragate.quantize import quantize
+
+    settings = settings_of({key: options.pop(key) for key in ("testset", "device")})
+    with Progress(console(stderr=True), quiet=quiet) as progress:
+        quantize(source, folder, settings, progress.say, **options)
+    click.echo(folder)
+    return 0
+
+
 @cli.command()
 @settings_options
 def doctor(**flags: Any) -> int:

@@ -426,21 +426,35 @@ async def probe_hash(metric: Metric, judge: Judge) -> str:
 
     It changes whenever ragas, pydantic, the chat template or our schemas change what the judge is asked.
     """
-    probe = _Probe(judge)
-    await metric.scorer(probe, _ProbeEmbedding()).ascore(**metric.row(PROBE))
-    return probe.seen.hexdigest()
+    seen = hashlib.sha256()
+
+    def note(prompt: str, schema: AnswerSchema) -> None:
+        seen.update(json.dumps([judge.render(prompt), schema.text]).encode())
+
+    await metric.scorer(_Probe(note), _ProbeEmbedding()).ascore(**metric.row(PROBE))
+    return seen.hexdigest()
+
+
+async def prompts_of(metric: Metric, item: ItemRecord) -> list[str]:
+    """What a judge is asked for one score of `item`, which must have all that `metric` needs.
+
+    Prompts that quote an earlier answer of the judge quote the plainest one that its schema allows.
+    """
+    prompts: list[str] = []
+    probe = _Probe(lambda prompt, schema: prompts.append(prompt))
+    await metric.scorer(probe, _ProbeEmbedding()).ascore(**metric.row(item))
+    return prompts
 
 
 class _Probe(InstructorBaseRagasLLM):  # type: ignore[misc]
     is_async = True
 
-    def __init__(self, judge: Judge) -> None:
-        self.judge = judge
-        self.seen = hashlib.sha256()
+    def __init__(self, note: Callable[[str, AnswerSchema], None]) -> None:
+        self.note = note
 
     async def agenerate(self, prompt: str, response_model: type[Output]) -> Output:
         schema = answer_schema(response_model, prompt)
-        self.seen.update(json.dumps([self.judge.render(prompt), schema.text]).encode())
+        self.note(prompt, schema)
         return response_model.model_validate(sample(schema.tree))
 
     def generate(self, prompt: str, response_model: type[Output]) -> Output:

@@ -1,0 +1,151 @@
+"""`ragate models quantize`: which model, and the text that it is calibrated on: by default what a judge is asked."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from ragate.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from ragate.config import Settings
+    from ragate.run import ItemRecord
+    from ragate.suite import Say
+    from ragate.testset import Item
+    from ragate_engine.weights.tokenizer import Tokenizer
+
+SEQUENCES = 128
+"""Token sequences to calibrate on, at most; as many as the papers take."""
+TOKENS = 512
+"""Length of each, at most."""
+ITEMS = 64
+"""Test cases whose prompts are looked at, at most."""
+
+
+def quantize(
+    source: str,
+    folder: Path,
+    settings: Settings,
+    say: Say,
+    *,
+    method: str,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    desc_act: bool,
+    text: Path | None,
+) -> None:
+    """Quantize the model `source`, a catalogue name or a path, into `folder`; called again it resumes.
+
+    Calibrated on the file `text`, else on the prompts for the test set of `settings`. Raises RagateError and the
+    engine's errors. Imports torch.
+    """
+    from ragate import catalog
+    from ragate_engine.quantize import quantize as quantize_model
+    from ragate_engine.weights import open_checkpoint
+
+    choice = catalog.resolve_judge(
+        source, settings.device, progress=lambda done, total: say("fetching the model", done, total)
+    )
+    checkpoint = open_checkpoint(choice.path)
+    calibration: list[list[int]] = []
+    if method != "rtn":
+        if checkpoint.tokenizer is None:
+            raise ConfigError(
+                f"{choice.path} has no tokenizer to calibrate with; add its tokenizer.json, or take rtn"
+            )
+        calibration = calibration_of(checkpoint.tokenizer, settings, text)
+    quantize_model(
+        checkpoint,
+        folder,
+        method,
+        bits,
+        group,
+        calibration,
+        settings.device,
+        lambda done, total: say("quantizing (layers)", done, total),
+        symmetric=symmetric,
+        desc_act=desc_act,
+    )
+
+
+def calibration_of(tokenizer: Tokenizer, settings: Settings, text: Path | None) -> list[list[int]]:
+    """Up to 128 sequences of up to 512 tokens: of the file `text`, else of the test set's prompts.
+
+    Raises ConfigError where there is neither, or no text in it; TestSetError.
+    """
+    if text is not None:
+        try:
+            documents = [
+                tokenizer.encode(text.read_text(encoding="utf-8"), special=False, bos=tokenizer.add_bos)
+            ]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{text} cannot be read as UTF-8 text: {error}") from None
+    elif settings.testset:
+        prompts = prompts_for(settings)
+        documents = [tokenizer.encode_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
+    else:
+        raise ConfigError(
+            "there is no text to calibrate on; name a file with --text or a test set with --testset"
+        )
+    sequences = pieces(documents)
+    if not sequences:
+        raise ConfigError(
+            f"{text or settings.testset} holds no text to calibrate on; name another with --text"
+        )
+    return sequences
+
+
+def pieces(documents: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The documents cut into sequences; of the distinct ones as many as are wanted, evenly spaced.
+
+    Prompts of a metric begin alike for some thousand tokens, which then count once. A document's last sequence is cut
+    from its end, so that it is no crumb.
+    """
+    cut = (
+        tuple(document[at : at + TOKENS])
+        for document in documents
+        if document
+        for at in (*range(0, len(document) - TOKENS, TOKENS), max(0, len(document) - TOKENS))
+    )
+    distinct = [list(piece) for piece in dict.fromkeys(cut)]
+    wanted = min(SEQUENCES, len(distinct))
+    return [distinct[i * len(distinct) // wanted] for i in range(wanted)]
+
+
+def prompts_for(settings: Settings) -> list[str]:
+    """What a judge is asked about the items of the test set by each metric of `settings`."""
+    from ragate.judge import prompts_of
+    from ragate.metrics import metrics_named
+    from ragate.testset import load_testset
+
+    items = load_testset(settings.testset, limit=settings.limit).items
+    wanted = min(ITEMS, len(items))
+    records = [_record(items[i * len(items) // wanted]) for i in range(wanted)]
+
+    async def prompts() -> list[str]:
+        return [
+            prompt
+            for metric in metrics_named(settings.metrics)
+            for record in records
+            if metric.missing(record) is None
+            for prompt in await prompts_of(metric, record)
+        ]
+
+    return asyncio.run(prompts())
+
+
+def _record(item: Item) -> ItemRecord:
+    """The item as it would be judged: where a target is to give answer and contexts, the reference stands in."""
+    from ragate.run import ItemRecord
+
+    return ItemRecord(
+        id=item.id,
+        question=item.question,
+        reference=item.reference,
+        answer=item.answer or item.reference,
+        contexts=item.contexts or ((item.reference,) if item.reference else ()),
+    )
