@@ -200,12 +200,13 @@ def compressed_shape(
         )
     _has(tensors, ("weight_packed", "weight_scale", "weight_shape"), name)
     out, words = _matrix(tensors, "weight_packed", name)
-    stated = tensors["weight_shape"].flatten().tolist()
-    if len(stated) != 2 or stated[0] != out or -(-stated[1] * bits // 32) != words:
+    _fits(tensors, "weight_shape", (2,), name, _INDICES)
+    stated = tensors["weight_shape"].tolist()
+    if stated[0] != out or -(-stated[1] * bits // 32) != words:
         raise ModelFileError(
             f"{name}.weight_packed has shape {[out, words]}, which {stated} weights of {bits} bits do not fill"
         )
-    width = int(stated[1])
+    width: int = stated[1]
     _check_scales(tensors, out, width, bits, group, name)
     return out, width
 
