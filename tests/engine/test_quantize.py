@@ -1,0 +1,661 @@
+"""RTN, GPTQ and AWQ against plain references; whole models quantized, stopped, resumed, opened and asked."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from models import cached_model
+from safetensors.torch import load_file
+from test_against_transformers import logits_of, tiny_config
+from tiny_gguf import write_tiny
+
+from bench.random_model import TINY, random_checkpoint, write_safetensors
+from ragate_engine.config import ModelConfig
+from ragate_engine.errors import ConfigError, ModelFileError, OutOfMemoryError
+from ragate_engine.kernels.reference import rms_norm
+from ragate_engine.layers import dense, rope_tables
+from ragate_engine.quant.packed import unpack_awq, unpack_gptq
+from ragate_engine.quantize import calibrate, quantize
+from ragate_engine.quantize.awq import Sample, awq, clip, find_scales
+from ragate_engine.quantize.gptq import Hessian, gptq
+from ragate_engine.quantize.layer import STAGES, run_layer
+from ragate_engine.quantize.recipe import Recipe
+from ragate_engine.quantize.rtn import rtn
+from ragate_engine.quantize.write import read_layer, shard_path
+from ragate_engine.weights import Checkpoint, names, open_checkpoint
+from ragate_engine.weights.tokenizer import Tokenizer
+
+CPU = torch.device("cpu")
+
+
+def activations(width: int, count: int = 1024, seed: int = 0) -> torch.Tensor:
+    """Inputs as in language models: channels that go together, and some far larger than others."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.eye(width) + 0.3 * torch.randn(width, width, generator=generator)
+    return (torch.randn(count, width, generator=generator) @ mix) * torch.exp(
+        torch.randn(width, generator=generator)
+    )
+
+
+def weights(out: int, width: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(out, width, generator=torch.Generator().manual_seed(seed)) * width**-0.5
+
+
+def loss(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> float:
+    return float((x @ (other - weight).T).square().mean())
+
+
+# --- round to nearest -----------------------------------------------------------------------------------
+
+
+def plain_grid(row: list[float], bits: int, symmetric: bool) -> tuple[float, int]:
+    """AutoGPTQ's Quantizer.find_params for one group, with the scale rounded to float16 at once."""
+    low, high = min(0.0, *row), max(0.0, *row)
+    if symmetric:
+        high = max(-low, high)
+        low = -high
+    scale = float(np.float16(np.float32((np.float32(high) - np.float32(low)) / np.float32(2**bits - 1))))
+    return scale, 2 ** (bits - 1) if symmetric else min(2**bits - 1, round(-low / scale))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_rounding_is_that_of_a_loop_over_groups(bits: int, symmetric: bool) -> None:
+    weight = weights(5, 48)
+    weight[1] = weight[1].abs() + 0.5  # a grid that would not reach zero, were it not made to
+    found = rtn(weight, bits, 16, symmetric)
+    for o in range(5):
+        for g in range(3):
+            row = weight[o, 16 * g : 16 * g + 16].tolist()
+            scale, zero = plain_grid(row, bits, symmetric)
+            assert (float(found.scales[o, g]), int(found.zeros[o, g])) == (scale, zero)
+            codes = [min(2**bits - 1, max(0, round(w / scale) + zero)) for w in row]
+            assert found.codes[o, 16 * g : 16 * g + 16].tolist() == codes
+    assert torch.equal(found.scales, found.scales.half().float())
+
+
+def test_each_weight_lies_within_half_a_step_of_the_grid() -> None:
+    weight = weights(8, 64)
+    found = rtn(weight, 4, 32, symmetric=False)
+    error = (found.dequantize() - weight).abs().unflatten(1, (2, 32))
+    assert bool((error <= 0.501 * found.scales.unsqueeze(-1)).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zero_points_above_zero_cost_a_group_of_positive_weights_one_step_of_its_grid(bits: int) -> None:
+    weight = weights(4, 32).abs() + 0.1
+    found = rtn(weight, bits, 32, symmetric=False, least_zero=1)
+    assert found.zeros.tolist() == [[1]] * 4
+    assert bool(((found.dequantize() - weight).abs() <= 0.51 * weight.amax() / (2**bits - 2)).all())
+
+
+def test_a_group_of_zeros_stays_zero() -> None:
+    assert rtn(torch.zeros(2, 32), 4, 16, symmetric=False, least_zero=1).dequantize().count_nonzero() == 0
+
+
+# --- GPTQ -----------------------------------------------------------------------------------------------
+
+
+def plain_gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, symmetric: bool, order: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [out, in] and g_idx [in], column by column as in section 3 of the paper: no blocks, no Cholesky.
+
+    After a column is rounded, it is eliminated from the inverse Hessian (equation 3).
+    """
+    width = weight.shape[1]
+    chosen = list(range(width))
+    if order != "given":
+        chosen.sort(key=lambda i: -float(hessian[i, i]))
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(width, dtype=hessian.dtype)
+    inverse = torch.linalg.inv(damped)[chosen][:, chosen]
+    rest = weight[:, chosen].clone()
+    ahead = [
+        [plain_grid(row[g : g + group].tolist(), bits, symmetric) for row in weight]
+        for g in range(0, width, group)
+    ]
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    g_idx = torch.empty(width, dtype=torch.int64)
+    for place, column in enumerate(chosen):
+        if order == "static":
+            grids, g_idx[column] = ahead[column // group], column // group
+        else:
+            if place % group == 0:
+                grids = [plain_grid(row.tolist(), bits, symmetric) for row in rest[:, place : place + group]]
+            g_idx[column] = place // group
+        scale, zero = torch.tensor(grids, dtype=weight.dtype).T
+        code = (torch.round(rest[:, place] / scale) + zero).clamp(0, 2**bits - 1)
+        codes[:, column] = code.to(torch.uint8)
+        error = (rest[:, place] - scale * (code - zero)) / inverse[0, 0]
+        rest[:, place:] -= error[:, None] * inverse[0]
+        inverse = (inverse - inverse[:, :1] * inverse[:1] / inverse[0, 0])[1:, 1:]
+    return codes, g_idx
+
+
+@pytest.mark.parametrize("order", ["given", "static", "grouped"])
+@pytest.mark.parametrize(
+    ("width", "group", "bits", "symmetric"),
+    [
+        (48, 16, 2, False),
+        (96, 32, 3, True),
+        (256, 64, 4, False),
+        (192, 48, 4, False),
+        (384, 192, 4, True),
+        (160, 160, 8, False),
+    ],
+)
+def test_gptq_in_blocks_equals_the_paper_column_by_column(
+    width: int, group: int, bits: int, symmetric: bool, order: str
+) -> None:
+    x = activations(width).double()
+    weight, hessian = weights(24, width).double(), 2 * x.T @ x / len(x)
+    found = gptq(weight, hessian, bits, group, symmetric, order)  # type: ignore[arg-type]
+    codes, g_idx = plain_gptq(weight, hessian, bits, group, symmetric, order)
+    assert torch.equal(found.g_idx.long(), g_idx)
+    assert torch.equal(found.codes, codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("order", ["static", "grouped"])
+def test_gptq_loses_less_than_half_of_what_rounding_loses(bits: int, order: str) -> None:
+    x, weight = activations(192), weights(64, 192)
+    hessian = Hessian(192, CPU)
+    for part in x.split(100):
+        hessian.add(part)
+    assert torch.allclose(hessian.mean(), 2 * x.T @ x / len(x), rtol=1e-4, atol=1e-3)
+    found = gptq(weight, hessian.mean(), bits, 64, False, order)  # type: ignore[arg-type]
+    rounded = rtn(weight, bits, 64, symmetric=False)
+    fresh = activations(192)[512:]
+    assert loss(fresh, weight, found.dequantize()) < 0.5 * loss(fresh, weight, rounded.dequantize())
+
+
+def test_inputs_that_are_never_used_get_no_weight_and_do_no_harm() -> None:
+    x, weight = activations(64), weights(16, 64)
+    x[:, 5] = 0
+    found = gptq(weight, x.T @ x, 4, 32, symmetric=False)
+    assert found.dequantize()[:, 5].count_nonzero() == 0
+    assert loss(x, weight, found.dequantize()) < loss(x, weight, rtn(weight, 4, 32, False).dequantize())
+
+
+# --- AWQ ------------------------------------------------------------------------------------------------
+
+
+def pseudo_quantize(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """llm-awq's pseudo_quantize_tensor, with scales in float16 as they are stored."""
+    groups = weight.reshape(-1, group)
+    high, low = groups.amax(1, keepdim=True).clamp(min=0), groups.amin(1, keepdim=True).clamp(max=0)
+    scales = ((high - low).clamp(min=1e-5) / (2**bits - 1)).half().float()
+    zeros = (-torch.round(low / scales)).clamp(0, 2**bits - 1)
+    codes = torch.clamp(torch.round(groups / scales) + zeros, 0, 2**bits - 1)
+    return ((codes - zeros) * scales).reshape(weight.shape)
+
+
+def test_scales_are_those_of_the_published_search() -> None:
+    x, pair = activations(64, 200), [weights(24, 64), weights(40, 64, seed=2)]
+    size = x.abs().mean(0)
+    tried = []
+    for step in range(20):  # llm-awq, auto_scale.py, _search_module_scale
+        scales = size.pow(step / 20).clamp(min=1e-4).view(-1)
+        scales = scales / (scales.max() * scales.min()).sqrt()
+        lost = sum(
+            float((x @ w.T - x @ (pseudo_quantize(w * scales, 4, 32) / scales).T).pow(2).sum()) for w in pair
+        )
+        tried.append((lost, scales))
+    least, expected = min(tried, key=lambda each: each[0])
+    found = find_scales(pair, x, size, 4, 32)
+    assert torch.allclose(found, expected)
+    assert least < 0.8 * tried[0][0]  # there was something to be found
+
+
+def test_clipping_is_that_of_the_published_search() -> None:
+    x, weight = activations(64, 100), weights(8, 64)
+    weight[:, ::16] *= 4
+    expected = weight.clone()
+    for o in range(8):  # llm-awq, auto_clip.py, one group at a time
+        for g in (slice(0, 32), slice(32, 64)):
+            row, best = weight[o, g], (float("inf"), 0.0)
+            for step in range(10):
+                limit = float(row.abs().max()) * (1 - step / 20)
+                change = pseudo_quantize(row.clamp(-limit, limit)[None], 4, 32)[0] - row
+                best = min(best, (float((x[:, g] @ change).pow(2).mean()), limit), key=lambda each: each[0])
+            expected[o, g] = row.clamp(-best[1], best[1])
+    found = clip(weight, x, 4, 32)
+    assert torch.allclose(found, expected)
+    assert not torch.equal(found, weight)
+
+
+def test_a_sample_keeps_evenly_spaced_tokens_and_the_mean_of_all() -> None:
+    x = torch.randn(1500, 8)
+    sample = Sample(8, 1500, CPU)
+    for part in x.split([700, 1, 799]):
+        sample.add(part)
+    assert torch.equal(sample.tokens(), x[::3])
+    assert torch.allclose(sample.magnitude(), x.abs().mean(0), atol=1e-6)
+
+
+MHA = ModelConfig("qwen2", 64, 64, 96, 1, 4, 4, 16, 128, qkv_bias=True)
+GEMMA = replace(MHA, arch="gemma3", num_kv_heads=2, sandwich_norm=True, qkv_bias=False, qk_norm=True)
+
+
+def random_layer(config: ModelConfig) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    layer = {}
+    for name, shape in names.expected(config).items():
+        if name.startswith("layers.0."):
+            drawn = torch.randn(shape, generator=generator)
+            layer[name.removeprefix("layers.0.")] = (
+                drawn * shape[-1] ** -0.5 if len(shape) == 2 else torch.exp(drawn)
+            )
+    return layer
+
+
+@pytest.mark.parametrize(("config", "folded"), [(MHA, True), (GEMMA, False)])
+def test_scales_are_folded_so_that_the_layer_stays_what_it_was(config: ModelConfig, folded: bool) -> None:
+    layer, h = random_layer(config), torch.randn(100, 64, generator=torch.Generator().manual_seed(4))
+    tables = rope_tables(config.rope, 16, 128, CPU)
+    samples = {stage: Sample(layer[leaves[0]].shape[1], 100, CPU) for stage, leaves in STAGES.items()}
+    before = run_layer(layer, config, 0, tables, h, lambda stage, x: samples[stage].add(x))
+    fine = SimpleNamespace(
+        bits=8, group_of=lambda width: 8
+    )  # so fine that only a mistake in folding would show
+    plain, linears = awq(layer, samples, fine)  # type: ignore[arg-type]
+    after = run_layer(plain | {leaf: q.dequantize() for leaf, q in linears.items()}, config, 0, tables, h)
+    assert float((after - before).norm() / before.norm()) < 0.01
+    assert not torch.allclose(plain["attn_norm"], layer["attn_norm"], rtol=0.05)
+    if config.qkv_bias:
+        assert torch.equal(plain["v_bias"], layer["v_bias"]) is not folded
+
+
+@pytest.mark.parametrize("config", [MHA, GEMMA])
+def test_awq_loses_less_than_rounding(config: ModelConfig) -> None:
+    layer, h = random_layer(config), activations(64, 300)
+    tables = rope_tables(config.rope, 16, 300, CPU)
+    samples = {stage: Sample(layer[leaves[0]].shape[1], 300, CPU) for stage, leaves in STAGES.items()}
+    exact = run_layer(layer, config, 0, tables, h, lambda stage, x: samples[stage].add(x))
+    plain, linears = awq(layer, samples, Recipe("awq", 4, 32))
+    found = run_layer(plain | {leaf: q.dequantize() for leaf, q in linears.items()}, config, 0, tables, h)
+    rounded = {leaf: rtn(layer[leaf], 4, 32, False).dequantize() for leaf in linears}
+    baseline = run_layer(layer | rounded, config, 0, tables, h)
+    assert float((found - exact).square().mean()) < 0.7 * float((baseline - exact).square().mean())
+
+
+# --- whole models ---------------------------------------------------------------------------------------
+
+
+def sequences(vocab: int = TINY.vocab_size, count: int = 6, length: int = 50) -> list[list[int]]:
+    drawn = torch.randint(3, vocab, (count, length), generator=torch.Generator().manual_seed(5))
+    return drawn.tolist()
+
+
+def logits(checkpoint: Checkpoint, tokens: list[int], layers=None) -> torch.Tensor:
+    """Logits [n, vocab] in float32, with `run_layer`; `layers` gives other weights for a layer."""
+    config = checkpoint.config
+    table = dense(checkpoint.load("embed"), torch.float32, CPU)
+    h = table[torch.tensor(tokens)] * config.embed_scale
+    for i in range(config.num_layers):
+        prefix = f"layers.{i}."
+        leaves = [name.removeprefix(prefix) for name in checkpoint.names if name.startswith(prefix)]
+        layer = (
+            layers(i)
+            if layers
+            else {leaf: dense(checkpoint.load(prefix + leaf), torch.float32, CPU) for leaf in leaves}
+        )
+        h = run_layer(layer, config, i, rope_tables(config.rope_of(i), config.head_dim, len(h), CPU), h)
+    h = rms_norm(h, None, dense(checkpoint.load("final_norm"), torch.float32, CPU), config.norm_eps)
+    head = table if config.tie_embeddings else dense(checkpoint.load("lm_head"), torch.float32, CPU)
+    return F.linear(h, head)
+
+
+def tiny_folder(name: str, folder: Path) -> Path:
+    """A random model of an architecture, written by transformers."""
+    import transformers as tf
+
+    torch.manual_seed(7)
+    if name == "phi3":
+        config = tf.Phi3Config(
+            vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0,
+        )  # fmt: skip
+    else:
+        config = tiny_config(name)
+    model = tf.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += torch.randn_like(parameter) * 0.2
+    model.save_pretrained(folder)
+    return folder
+
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3"]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_layer_of_calibration_is_the_engine_s(name: str, tmp_path: Path) -> None:
+    folder = tiny_folder(name, tmp_path)
+    tokens = sequences(128, 1, 90)[0]
+    assert (
+        logits(open_checkpoint(folder), tokens) - logits_of(folder, tokens, "reference")
+    ).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("method", "bits", "options"), [
+    ("rtn", 8, {}), ("gptq", 8, {}), ("gptq", 8, {"desc_act": True}), ("gptq", 8, {"symmetric": True}), ("awq", 4, {}),
+])  # fmt: skip
+def test_a_quantized_folder_opens_and_answers_like_its_source(
+    name: str, method: str, bits: int, options: dict[str, bool], tmp_path: Path
+) -> None:
+    source = open_checkpoint(tiny_folder(name, tmp_path / "source"))
+    quantize(source, tmp_path / "made", method, bits, 32, sequences(128), "cpu", **options)
+    tokens = sequences(128, 1, 90)[0]
+    expected, found = logits(source, tokens), logits_of(tmp_path / "made", tokens, "reference")
+    assert float((found - expected).norm() / expected.norm()) < (0.02 if bits == 8 else 0.25)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_transformers_finds_every_weight_under_its_own_name(name: str, method: str, tmp_path: Path) -> None:
+    import transformers as tf
+
+    source = open_checkpoint(tiny_folder(name, tmp_path / "source"))
+    made = tmp_path / "made"
+    quantize(source, made, method, 4, 32, sequences(128), "cpu")
+    config = tf.AutoConfig.from_pretrained(made)
+    stated = config.quantization_config
+    assert (stated["quant_method"], stated["bits"], stated["group_size"]) == (method, 4, 32)
+    del config.quantization_config
+    stored = {}
+    index = json.loads((made / "model.safetensors.index.json").read_text())["weight_map"]
+    for shard in set(index.values()):
+        stored |= load_file(made / shard)
+    assert sorted(stored) == sorted(index)
+    for base in {name.rpartition(".")[0] for name in stored if name.endswith(".qweight")}:
+        parts = {part: stored.pop(f"{base}.{part}") for part in ("qweight", "qzeros", "scales")}
+        if method == "gptq":
+            parts["g_idx"] = stored.pop(f"{base}.g_idx")
+        unpacked = unpack_awq(parts, 4, 32, base) if method == "awq" else unpack_gptq(parts, 4, 32, base, 1)
+        stored[f"{base}.weight"] = unpacked.dequantize()
+    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    state = {name: tensor.float() for name, tensor in stored.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert unexpected == [] and [name for name in missing if name != "lm_head.weight"] == []
+    model.tie_weights()
+    tokens = sequences(128, 1, 90)[0]
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens])).logits[0]
+    layers = shards_of(made, source.config, Recipe(method, 4, 32))
+    assert (logits(source, tokens, layers) - expected).abs().max() < 1e-4
+
+
+def shards_of(folder: Path, config: ModelConfig, recipe: Recipe):
+    """The layers in a folder, as the next layer's calibration sees them."""
+    return lambda i: read_layer(
+        load_file(shard_path(folder, i, config)), config, i, recipe, CPU, torch.float32
+    )
+
+
+@pytest.mark.parametrize(("arch", "tokenizer", "metadata"), [
+    ("llama", "gpt2", {}), ("qwen2", "gpt2", {}), ("llama", "llama", {"tokenizer.ggml.add_space_prefix": True}),
+    ("gemma3", "llama", {
+        "tokenizer.ggml.add_space_prefix": False, "gemma3.attention.key_length": 16,
+        "gemma3.attention.value_length": 16, "gemma3.attention.sliding_window": 32,
+    }),
+    ("phi3", "llama", {}),
+])  # fmt: skip
+def test_a_gguf_file_becomes_a_folder_with_its_configuration_and_tokenizer(
+    arch: str, tokenizer: str, metadata: dict[str, object], tmp_path: Path
+) -> None:
+    import transformers as tf
+
+    tensors: dict[str, np.ndarray | None] = {}
+    for i in range(2):
+        if arch == "qwen2":
+            tensors |= {
+                f"blk.{i}.attn_{leaf}.bias": np.full(n, 0.5, np.float32)
+                for leaf, n in (("q", 64), ("k", 32), ("v", 32))
+            }
+        if arch == "gemma3":
+            tensors |= {f"blk.{i}.attn_{leaf}_norm.weight": np.full(16, 1.5, np.float32) for leaf in "qk"}
+            tensors |= {
+                f"blk.{i}.post_{leaf}_norm.weight": np.full(64, 1.5, np.float32)
+                for leaf in ("attention", "ffw")
+            }
+    write_tiny(tmp_path / "m.gguf", arch, tokenizer=tokenizer, metadata=metadata, tensors=tensors)
+    source = open_checkpoint(tmp_path / "m.gguf")
+    quantize(source, tmp_path / "made", "rtn", 8, 32, [], "cpu")
+    made = open_checkpoint(tmp_path / "made")
+    assert made.config == source.config
+    assert source.tokenizer is not None and made.tokenizer is not None
+    assert_same_tokenizer(made.tokenizer, source.tokenizer)
+    theirs = tf.AutoTokenizer.from_pretrained(tmp_path / "made")
+    text = "hello world 12"
+    assert theirs(text)["input_ids"] == source.tokenizer.encode(text, bos=source.tokenizer.add_bos)
+
+
+def assert_same_tokenizer(found: Tokenizer, expected: Tokenizer) -> None:
+    assert (found.bos_id, found.eos_id, found.eos_ids) == (expected.bos_id, expected.eos_id, expected.eos_ids)
+    assert (found.add_bos, found.prefix_space) == (expected.add_bos, expected.prefix_space)
+    for text in ("hello world 12", "  hell\n\n o<|im_end|>w", "Grüße, 世界 ▁", "<s>x</s>"):
+        ids = expected.encode(text)
+        assert found.encode(text) == ids
+        assert found.decode(ids) == expected.decode(ids)
+    assert found.encode_chat([{"role": "user", "content": "hello"}]) == expected.encode_chat(
+        [{"role": "user", "content": "hello"}]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen-0.5b", "gemma-3-270m"])
+def test_the_tokenizer_of_a_real_gguf_file_survives(name: str, tmp_path: Path) -> None:
+    from ragate_engine.quantize.write import _tokenizer_files
+
+    source = open_checkpoint(cached_model(name))
+    assert source.tokenizer is not None
+    for file, values in _tokenizer_files(source.tokenizer).items():
+        (tmp_path / file).write_text(json.dumps(values), encoding="utf-8")
+    found = Tokenizer.from_folder(tmp_path)
+    assert found is not None
+    assert_same_tokenizer(found, source.tokenizer)
+
+
+# --- resuming -------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from test_quantize import sequences
+from ragate_engine.quantize import quantize
+from ragate_engine.weights import open_checkpoint
+
+shards = []
+
+def replace(temporary, path, real=os.replace):
+    shards.append(path)
+    if len(shards) == 4:  # the state and two layers are there; the third is written, but has not got its name
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(temporary, path)
+
+os.replace = replace
+source, folder, method = sys.argv[1:]
+quantize(open_checkpoint(source), Path(folder), method, 4, 32, sequences(), "cpu")
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(method: str, tmp_path: Path) -> None:
+    write_safetensors(replace(TINY, num_layers=4), tmp_path / "source")
+    source = open_checkpoint(tmp_path / "source")
+    quantize(source, tmp_path / "whole", method, 4, 32, sequences(), "cpu")
+    killed = tmp_path / "killed"
+    here = Path(__file__).parent
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path / "source", killed, method],
+        cwd=here.parent.parent, env={**__import__("os").environ, "PYTHONPATH": f"{here}:{here.parent.parent}"},
+    )  # fmt: skip
+    assert ended.returncode == -signal.SIGKILL
+    left = contents(killed)
+    assert sorted(left) == [
+        ".model-00003-of-00005.safetensors.partial",
+        "model-00001-of-00005.safetensors",
+        "model-00002-of-00005.safetensors",
+        "quantizing.json",
+    ]
+    stamps = {name: (killed / name).stat().st_mtime_ns for name in left if name.startswith("model")}
+    quantize(source, killed, method, 4, 32, sequences(), "cpu")
+    assert contents(killed) == contents(tmp_path / "whole")
+    assert stamps == {name: (killed / name).stat().st_mtime_ns for name in stamps}  # they were not made again
+
+
+def test_a_run_that_was_stopped_refuses_to_go_on_as_another(tmp_path: Path) -> None:
+    source = random_checkpoint(TINY)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "made", "gptq", 4, 32, sequences(), "cpu", stop)
+    with pytest.raises(ConfigError) as refused:
+        quantize(source, tmp_path / "made", "gptq", 8, 32, sequences(count=3), "cpu")
+    assert str(refused.value) == (
+        f"{tmp_path / 'made'} holds an unfinished run with another bits, calibration: "
+        "give another folder, or delete it"
+    )
+
+
+# --- refusals -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "group", "options", "sentence"),
+    [
+        ("int4", 4, 32, {}, "there is no method 'int4': choose from rtn, gptq, awq"),
+        ("gptq", 5, 32, {}, "gptq cannot be stored with 5 bits: take 2, 3, 4, 8"),
+        ("awq", 3, 32, {}, "awq cannot be stored with 3 bits: take 4"),
+        ("rtn", 4, 0, {}, "a group has 2 weights or more, or is a whole row (-1), not 0"),
+        (
+            "awq",
+            4,
+            32,
+            {"symmetric": True},
+            "awq is stored with zero points: leave symmetric out, or take gptq",
+        ),
+        ("rtn", 4, 32, {"desc_act": True}, "rtn has no order of columns: leave desc_act out, or take gptq"),
+        (
+            "gptq",
+            4,
+            128,
+            {},
+            "layers.0.q has rows of 64 weights, which do not divide into groups of 128: take 64",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_before_anything_is_written(
+    method: str, bits: int, group: int, options: dict[str, bool], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        quantize(
+            random_checkpoint(TINY), tmp_path / "made", method, bits, group, sequences(), "cpu", **options
+        )
+    assert str(refused.value) == sentence
+    assert not (tmp_path / "made").exists()
+
+
+def test_rows_that_do_not_fill_words_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"layers.0.gate has 132 rows of 4 bits, which do not fill 32-bit words"
+    ):
+        Recipe("awq", 4, 4).check(replace(TINY, intermediate_size=132))
+
+
+@pytest.mark.parametrize(
+    ("calibration", "sentence"),
+    [
+        ([], "there is no calibration text, or some of it is empty"),
+        ([[5], []], "there is no calibration text, or some of it is empty"),
+        ([[5, 512]], "the calibration has token 512, which is none of the model's 512"),
+        ([[-1]], "the calibration has token -1, which is none of the model's 512"),
+    ],
+)
+def test_calibration_that_cannot_be_is_refused(
+    calibration: list[list[int]], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        quantize(random_checkpoint(TINY), tmp_path / "made", "awq", 4, 32, calibration, "cpu")
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="already holds files: give another folder, or delete it"):
+        quantize(random_checkpoint(TINY), tmp_path, "rtn", 4, 32, [], "cpu")
+    assert contents(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_a_disk_that_is_too_small_is_refused_with_what_is_missing(tmp_path: Path, monkeypatch) -> None:
+    quantize(random_checkpoint(TINY), tmp_path / "made", "rtn", 4, 32, [], "cpu")
+    needed = sum(path.stat().st_size for path in (tmp_path / "made").glob("*.safetensors"))
+    monkeypatch.setattr(calibrate, "free_bytes", lambda folder: needed - 3_000_000_000)
+    with pytest.raises(ConfigError, match=r"the disk lacks 3\.0 GB for this model"):
+        quantize(random_checkpoint(TINY), tmp_path / "other", "rtn", 4, 32, [], "cpu")
+
+
+def damaged(name: str, value: float) -> Checkpoint:
+    whole = random_checkpoint(TINY)
+
+    def read() -> torch.Tensor:
+        tensor = whole.load(name).clone()
+        tensor.view(-1)[3] = value
+        return tensor
+
+    return replace(whole, tensors={**whole.tensors, name: read})
+
+
+def test_a_weight_that_is_no_number_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"layers\.1\.up has weights that are no finite numbers"):
+        quantize(damaged("layers.1.up", float("nan")), tmp_path / "made", "rtn", 4, 32, [], "cpu")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_activations_that_are_no_numbers_are_named(method: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"what goes into q, k, v of layer 0 is not finite"):
+        quantize(damaged("embed", float("inf")), tmp_path / "made", method, 4, 32, [[0, 1, 2]], "cpu")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
+)
+def test_memory_that_runs_out_says_that_the_same_command_goes_on(
+    error: Exception, tmp_path: Path, monkeypatch
+) -> None:
+    source = random_checkpoint(TINY)
+    whole, real = tmp_path / "whole", calibrate.gptq
+    quantize(source, whole, "gptq", 4, 32, sequences(), "cpu")
+    calls = []
+
+    def gptq_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 6:
+            raise error
+        return real(*arguments)
+
+    monkeypatch.setattr(calibrate, "gptq", gptq_once)
+    with pytest.raises(
+        OutOfMemoryError, match="what is finished is kept, and the same command goes on from there"
+    ):
+        quantize(source, tmp_path / "made", "gptq", 4, 32, sequences(), "cpu")
+    quantize(source, tmp_path / "made", "gptq", 4, 32, sequences(), "cpu")
+    assert contents(tmp_path / "made") == contents(whole)
+    assert len(calls) == 6 + 4  # the first layer was not quantized again
