@@ -64,7 +64,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Format:
-    """One block format: `decode` takes blocks as uint8 [n, block_bytes]."""
+    """One block format: `decode` takes blocks as uint8 [n, block_bytes] and gives codes of `bits` bits."""
 
     block_bytes: int
     block_weights: int
@@ -193,6 +193,17 @@ def _q6_k(blocks: torch.Tensor) -> Decoded:
     return _signed(codes.view(-1, 256), 32), _half(blocks, 208) * scales, None
 
 
+_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""What the codes of IQ4_NL stand for (`kvalues_iq4nl` in ggml-common.h)."""
+
+
+def _iq4_nl(blocks: torch.Tensor) -> Decoded:
+    # affine only in what the codes stand for, so those are kept: a byte each, where the file has four bits
+    values = torch.tensor(_NL_VALUES, dtype=torch.int8, device=blocks.device)
+    codes = _nibbles(blocks[:, 2:]).view(-1).int()
+    return values.index_select(0, codes).view(-1, 32), _half(blocks, 0), None
+
+
 FORMATS: dict[Kind, Format] = {
     Kind.Q4_0: Format(18, 32, 4, 32, _q4_0),
     Kind.Q4_1: Format(20, 32, 4, 32, _q4_1),
@@ -204,6 +215,7 @@ FORMATS: dict[Kind, Format] = {
     Kind.Q4_K: Format(144, 256, 4, 32, _q4_k),
     Kind.Q5_K: Format(176, 256, 5, 32, _q5_k),
     Kind.Q6_K: Format(210, 256, 6, 16, _q6_k),
+    Kind.IQ4_NL: Format(18, 32, 8, 32, _iq4_nl),
 }
 
 DENSE: dict[Kind, torch.dtype] = {
@@ -219,7 +231,6 @@ _UNREAD: dict[Kind, tuple[int, int]] = {
     Kind.IQ2_XS: (256, 74),
     Kind.IQ3_XXS: (256, 98),
     Kind.IQ1_S: (256, 50),
-    Kind.IQ4_NL: (32, 18),
     Kind.IQ3_S: (256, 110),
     Kind.IQ2_S: (256, 82),
     Kind.IQ4_XS: (256, 136),

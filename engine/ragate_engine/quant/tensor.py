@@ -19,7 +19,7 @@ class QuantTensor:
     """
 
     bits: int
-    """Width of a code in the file: [0, 2**bits) with offsets, [-2**(bits-1), 2**(bits-1)) without."""
+    """Width of a code: [0, 2**bits) with offsets, [-2**(bits-1), 2**(bits-1)) without."""
     group: int
     codes: torch.Tensor
     """uint8 or int8 [out, in], a byte each."""

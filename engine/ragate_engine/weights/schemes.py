@@ -135,7 +135,7 @@ def _compressed(fields: Fields) -> Scheme:
     if strategy not in ("group", "channel", "tensor", None):
         fields.refuse(f"its weights are scaled by {str(strategy)[:40]!r}: group, channel and tensor are read")
     group = -1 if strategy in ("channel", "tensor") or group is None else group
-    act_order = any(one.values.get("actorder") in ("group", True) for one in settings)
+    act_order = any(one.values.get("actorder") in ("group", "dynamic", True) for one in settings)
     name = _named("compressed-tensors", bits, group) + (" act-order" if act_order else "")
     if form == "pack-quantized":
         _check(fields, "compressed-tensors", bits, packed.COMPRESSED_BITS, group)
