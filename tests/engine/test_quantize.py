@@ -355,11 +355,15 @@ def test_the_layer_of_calibration_is_the_engine_s(name: str, tmp_path: Path) -> 
 def test_a_quantized_folder_opens_and_answers_like_its_source(
     name: str, method: str, bits: int, options: dict[str, bool], tmp_path: Path
 ) -> None:
-    source = open_checkpoint(tiny_folder(name, tmp_path / "source"))
-    quantize(source, tmp_path / "made", method, bits, 32, sequences(128), "cpu", **options)
+    source, made = open_checkpoint(tiny_folder(name, tmp_path / "source")), tmp_path / "made"
+    quantize(source, made, method, bits, 32, sequences(128), "cpu", **options)
     tokens = sequences(128, 1, 90)[0]
-    expected, found = logits(source, tokens), logits_of(tmp_path / "made", tokens, "reference")
-    assert float((found - expected).norm() / expected.norm()) < (0.02 if bits == 8 else 0.25)
+    found, expected = logits_of(made, tokens, "reference"), logits(source, tokens)
+    layers = shards_of(made, source.config, Recipe(method, bits, 32, **options))
+    assert (
+        found - logits(source, tokens, layers)
+    ).abs().max() < 1e-4  # what calibration saw is what the engine has
+    assert float((found - expected).norm() / expected.norm()) < (0.04 if bits == 8 else 0.4)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -265,7 +265,7 @@ def _made_json(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, An
         scale = config.attn_scale or config.head_dim**-0.5
         values |= {
             "hidden_activation": values["hidden_act"],
-            "query_pre_attn_scalar": round(scale**-2, 6),
+            "query_pre_attn_scalar": round(scale**-2),
             "attn_logit_softcapping": config.attn_soft_cap,
             "final_logit_softcapping": config.logit_soft_cap,
         }
