@@ -17,7 +17,7 @@ from ragate_engine.errors import ModelFileError
 from ragate_engine.quant.tensor import QuantTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 AWQ_BITS = (4,)
 GPTQ_BITS = (2, 3, 4, 8)
@@ -31,37 +31,38 @@ _INDICES = (torch.int32, torch.int64)
 Shape = tuple[int, ...]
 
 
-def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def pack_words(codes: torch.Tensor, bits: int, places: Sequence[int] | None = None) -> torch.Tensor:
     """Codes [..., n], uint8 below 2**bits, as int32 words [..., n * bits / 32]: one stream of bits, lowest first.
 
-    Raises ValueError where n codes do not fill whole words.
+    `places[i]` says which of the codes of a word is its field i, where that is not the i-th. Raises ValueError where
+    n codes do not fill whole words.
     """
     period = math.lcm(bits, 32)
     if codes.shape[-1] % (period // bits):
         raise ValueError(f"{codes.shape[-1]} codes of {bits} bits do not fill whole words")
     fields = codes.int().contiguous().view(*codes.shape[:-1], -1, period // bits)
     words = fields.new_zeros((*fields.shape[:-1], period // 32))
-    for i in range(period // bits):
+    for i, place in enumerate(places or range(period // bits)):
         word, shift = divmod(bits * i, 32)
-        words[..., word] |= fields[..., i] << shift
+        words[..., word] |= fields[..., place] << shift
         if shift + bits > 32:
-            words[..., word + 1] |= fields[..., i] >> (32 - shift)
+            words[..., word + 1] |= fields[..., place] >> 32 - shift
     return words.flatten(-2)
 
 
-def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
+def unpack_words(words: torch.Tensor, bits: int, places: Sequence[int] | None = None) -> torch.Tensor:
     """The codes of `pack_words`: int32 [..., m] -> uint8 [..., m * 32 / bits]. ValueError for words left over."""
     period = math.lcm(bits, 32)
     if words.shape[-1] % (period // 32):
         raise ValueError(f"{words.shape[-1]} words hold no whole number of {bits}-bit codes")
     blocks = words.view(*words.shape[:-1], -1, period // 32)
     codes = words.new_empty((*blocks.shape[:-1], period // bits), dtype=torch.uint8)
-    for i in range(period // bits):
+    for i, place in enumerate(places or range(period // bits)):
         word, shift = divmod(bits * i, 32)
         field = blocks[..., word] >> shift
         if shift + bits > 32:  # the sign has filled what the next word's lowest bits belong to
             field = field & ((1 << 32 - shift) - 1) | blocks[..., word + 1] << 32 - shift
-        codes[..., i] = field & (1 << bits) - 1
+        codes[..., place] = field & (1 << bits) - 1
     return codes.flatten(-2)
 
 
@@ -78,14 +79,9 @@ def pack_awq(
     """
     if bits not in AWQ_BITS:
         raise ValueError(f"AWQ packs 4 bits, not {bits}")
-
-    def along_outputs(values: torch.Tensor) -> torch.Tensor:
-        ordered = values.T.reshape(values.shape[1], -1, 8)[..., _AWQ_ORDER]
-        return pack_words(ordered.flatten(1), bits)
-
     return {
-        "qweight": along_outputs(codes),
-        "qzeros": along_outputs(zeros),
+        "qweight": pack_words(codes.T, bits, _AWQ_ORDER),
+        "qzeros": pack_words(zeros.T, bits, _AWQ_ORDER),
         "scales": scales.T.to(torch.float16).contiguous(),
     }
 
@@ -112,13 +108,8 @@ def unpack_awq(tensors: Mapping[str, torch.Tensor], bits: int, group: int, name:
     Raises ModelFileError, naming `name`, for parts that are missing, do not fit, or hold a scale that is no number.
     """
     shape = awq_shape(tensors, bits, group, name)
-
-    def along_outputs(words: torch.Tensor) -> torch.Tensor:
-        places = torch.tensor(_AWQ_ORDER, device=words.device).argsort()
-        fields = unpack_words(words, bits).view(len(words), -1, 8)
-        return fields[..., places].flatten(1).T.contiguous()
-
-    codes, zeros = along_outputs(tensors["qweight"]), along_outputs(tensors["qzeros"])
+    codes = unpack_words(tensors["qweight"], bits, _AWQ_ORDER).T.contiguous()
+    zeros = unpack_words(tensors["qzeros"], bits, _AWQ_ORDER).T
     return _affine(codes, tensors["scales"].T, zeros, bits, shape, None, name)
 
 
