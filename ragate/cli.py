@@ -371,8 +371,13 @@ def models_quantize(source: str, folder: Path, quiet: bool, **options: Any) -> i
     from ragate.quantize import quantize
 
     settings = settings_of({key: options.pop(key) for key in ("testset", "device")})
-    with Progress(console(stderr=True), quiet=quiet) as progress:
-        quantize(source, folder, settings, progress.say, **options)
+    try:
+        with Progress(console(stderr=True), quiet=quiet) as progress:
+            quantize(source, folder, settings, progress.say, **options)
+    except KeyboardInterrupt:
+        again = shlex.join(["ragate", *click.get_current_context().obj])
+        click.echo(f"interrupted: finished layers are in {folder}; run `{again}` again to go on", err=True)
+        return EXIT_INTERRUPTED
     click.echo(folder)
     return 0
 

@@ -1,0 +1,158 @@
+"""`ragate models quantize`: the text it calibrates on, what it makes, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from bench.random_model import TINY, write_safetensors
+from ragate import quantize
+from ragate.cli import run
+from ragate.config import load_settings
+from ragate.quantize import calibration_of, pieces, prompts_for
+from ragate_engine.weights import open_checkpoint
+
+ITEMS = [
+    {"id": f"q{i}", "question": f"What does part {i} keep?", "reference": f"Part {i} keeps results."}
+    for i in range(9)
+]
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny model, whose tokens are bytes, in an otherwise empty folder."""
+    monkeypatch.chdir(tmp_path)
+    write_safetensors(TINY, tmp_path / "tiny")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken("<|im_end|>", special=True)])
+    tokenizer.save(str(tmp_path / "tiny" / "tokenizer.json"))
+    return Path("tiny")
+
+
+def write_items(items: list[dict[str, str]] = ITEMS) -> str:
+    Path("cases.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    return "cases.jsonl"
+
+
+def ended(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Exit code, and what was said on stderr."""
+    code = run(["models", "quantize", *arguments])
+    return code, capsys.readouterr().err
+
+
+def test_documents_are_cut_into_distinct_sequences_that_end_where_they_end() -> None:
+    head = list(range(600))
+    documents = [[*head, 1000 + i] for i in range(3)] + [[7, 8], []]
+    assert pieces(documents) == [
+        head[:512],
+        *([*head[89:], 1000 + i] for i in range(3)),
+        [7, 8],
+    ]
+
+
+def test_of_many_sequences_evenly_spaced_ones_are_taken() -> None:
+    found = pieces([[i] for i in range(300)])
+    assert found == [[i * 300 // 128] for i in range(128)]
+
+
+def test_the_prompts_are_those_of_the_judge_about_these_items(model: Path) -> None:
+    settings = load_settings({"testset": write_items(), "metrics": "faithfulness,context_recall"}, Path.cwd())
+    prompts = prompts_for(settings)
+    assert len(prompts) == 9 * (2 + 1)  # statements and verdicts; recall
+    assert all(any(f"part {i} keep" in prompt for prompt in prompts) for i in range(9))
+    # where nothing has answered or retrieved yet, the reference stands in
+    assert sum("Part 3 keeps results." in prompt for prompt in prompts) == 3
+
+
+def test_calibration_is_what_the_model_reads_of_those_prompts(model: Path) -> None:
+    tokenizer = open_checkpoint(model).tokenizer
+    assert tokenizer is not None
+    settings = load_settings({"testset": write_items(), "metrics": "context_recall"}, Path.cwd())
+    sequences = calibration_of(tokenizer, settings, None)
+    text = [tokenizer.decode(sequence) for sequence in sequences]
+    assert max(map(len, sequences)) == 512 and len({tuple(sequence) for sequence in sequences}) == len(
+        sequences
+    )
+    assert sum(part.endswith("Assistant:") for part in text) == 9
+    Path("text.txt").write_text("a text of <|im_end|> its own")
+    assert calibration_of(tokenizer, settings, Path("text.txt")) == [
+        tokenizer.encode("a text of <|im_end|> its own", special=False)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "name"),
+    [
+        ("gptq", ["--bits", "3"], "GPTQ"),
+        ("gptq", ["--desc-act", "--symmetric"], "GPTQ"),
+        ("awq", [], "AWQ"),
+        ("rtn", ["--bits", "8"], "GPTQ"),
+    ],
+)
+def test_a_model_is_quantized_and_opens(
+    method: str, options: list[str], name: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = ["--testset", write_items()] if method != "rtn" else []
+    arguments = ["tiny", "small", "--method", method, "--group", "32", "--device", "cpu", *source, *options]
+    code, said = ended(capsys, *arguments)
+    assert code == 0, said
+    assert "quantizing (layers): 2 of 2" in said
+    made = open_checkpoint("small")
+    assert name in made.quantization and made.config == open_checkpoint(model).config
+    assert made.tokenizer is not None and made.tokenizer.identity == open_checkpoint(model).tokenizer.identity
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_does(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["tiny", "small", "--group", "32", "--device", "cpu", "--testset", write_items()]
+    real = quantize.calibration_of
+
+    def stopped(*settings: object) -> list[list[int]]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantize, "calibration_of", stopped)
+    code, said = ended(capsys, *arguments)
+    assert code == 130
+    assert (
+        "run `ragate models quantize tiny small --group 32 --device cpu --testset cases.jsonl` again" in said
+    )
+    monkeypatch.setattr(quantize, "calibration_of", real)
+    assert ended(capsys, *arguments)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["tiny", "small"],
+            "there is no text to calibrate on; name a file with --text or a test set with --testset",
+        ),
+        (["tiny", "small", "--text", "none.txt"], "none.txt cannot be read as UTF-8 text"),
+        (["tiny", "small", "--text", "empty.txt"], "empty.txt holds no text to calibrate on"),
+        (
+            ["tiny", "small", "--method", "rtn", "--bits", "6"],
+            "rtn cannot be stored with 6 bits: take 2, 3, 4, 8",
+        ),
+        (["tiny", "small", "--method", "rtn", "--group", "100"], "do not divide into groups of 100: take 64"),
+        (["tiny", "tiny", "--method", "rtn", "--group", "32"], "tiny already holds files"),
+        (["other", "small"], "other"),
+        (["bare", "small"], "bare has no tokenizer to calibrate with"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_sentence(
+    arguments: list[str], sentence: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("empty.txt").write_text("")
+    write_safetensors(TINY, Path("bare"))
+    code, said = ended(capsys, *arguments, "--device", "cpu")
+    assert code == 4
+    assert said.startswith("error: ") and said.count("\n") == 1 and "unexpected" not in said
+    assert sentence in said
+    assert not Path("small").exists()
