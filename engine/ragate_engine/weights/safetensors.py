@@ -249,20 +249,24 @@ def _decoded(dtype: torch.dtype, shape: tuple[int, ...], add_one: bool, data: to
     return 1.0 + tensor.float() if add_one else tensor
 
 
-@dataclass
-class _Found:
-    """The tensors of a folder, while its files are gone through."""
-
-    weights: dict[str, Stored | Joined] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    parts: dict[str, _Parts] = field(default_factory=dict)
-    """By module, such as `model.layers.0.mlp.up_proj`: the parts of its quantized weight."""
-
-    def add(self, piece: str, shape: tuple[int, ...], weight: Stored | Joined, origin: str) -> None:
-        """Take in a weight under its canonical name."""
-        if piece in self.weights:
-            raise ModelFileError(f"{origin} is there twice")
-        self.weights[piece], self.shapes[piece] = weight, shape
+def tensors(
+    folder: Path, files: tuple[Path, ...], config: ModelConfig, stated: Scheme | None
+) -> dict[str, Stored | Joined]:
+    """Where each tensor lies, by canonical name. Raises ModelFileError where they do not fit `config` or `stated`."""
+    found = _Found(config, stated)
+    for file in files:
+        try:
+            source = Source.of(file)
+        except OSError as error:
+            raise ModelFileError(f"{file} cannot be read: {error.strerror or error}") from None
+        with _open(file) as opened:
+            starts = _starts(source)
+            for stored in opened.keys():  # noqa: SIM118 - not a dict
+                found.take(opened, stored, source, starts[stored])
+    for module, parts in found.parts.items():
+        found.join(module, parts)
+    names.check(folder, found.shapes, names.expected(config))
+    return found.weights
 
 
 @dataclass
@@ -276,111 +280,103 @@ class _Parts:
     """On the meta device, for their shapes and dtypes; only weight_shape has its values."""
 
 
-def tensors(
-    folder: Path, files: tuple[Path, ...], config: ModelConfig, stated: Scheme | None
-) -> dict[str, Stored | Joined]:
-    """Where each tensor lies, by canonical name. Raises ModelFileError where they do not fit `config` or `stated`."""
-    found = _Found()
-    for file in files:
-        try:
-            source = Source.of(file)
-        except OSError as error:
-            raise ModelFileError(f"{file} cannot be read: {error.strerror or error}") from None
-        with _open(file) as opened:
-            starts = _starts(source)
-            for stored in opened.keys():  # noqa: SIM118 - not a dict
-                _find(found, opened, stored, source, starts[stored], config, stated)
-    for module, parts in found.parts.items():
-        _join(found, module, parts, config, stated)
-    names.check(folder, found.shapes, names.expected(config))
-    return found.weights
+@dataclass
+class _Found:
+    """The tensors of a folder, while its files are gone through."""
 
+    config: ModelConfig
+    stated: Scheme | None
+    weights: dict[str, Stored | Joined] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    parts: dict[str, _Parts] = field(default_factory=dict)
+    """By module, such as `model.layers.0.mlp.up_proj`: the parts of its quantized weight."""
 
-def _find(
-    found: _Found,
-    opened: Any,
-    stored: str,
-    source: Source,
-    offset: int,
-    config: ModelConfig,
-    stated: Scheme | None,
-) -> None:
-    """Take in the tensor that `opened` has under the name `stored`."""
-    file, part = source.path, opened.get_slice(stored)
-    kind, shape = part.get_dtype(), tuple(part.get_shape())
-    module, _, leaf = stored.rpartition(".")
-    packed = leaf in PARTS or (leaf == "weight" and kind == "I8")
-    name = names.from_hf(f"{module}.weight" if packed else stored, config.sandwich_norm)
-    if name is None and any(part in stored for part in _IGNORED):
-        return
-    if name == "lm_head" and config.tie_embeddings:
-        return
-    if stated is not None and (leaf in IGNORED or _is_filler(opened, stored, name, config)):
-        return
-    if name is None:
-        raise ModelFileError(f"{file}: tensor {stored} is none of a {config.arch} decoder's")
-    if packed and kind in _PART_DTYPES:
-        dtype = _PART_DTYPES[kind]
-        parts = found.parts.setdefault(module, _Parts(file))
+    def take(self, opened: Any, stored: str, source: Source, offset: int) -> None:
+        """Take in the tensor that the file has under the name `stored`, or leave it out. Raises ModelFileError."""
+        config, file, part = self.config, source.path, opened.get_slice(stored)
+        kind, shape = part.get_dtype(), tuple(part.get_shape())
+        module, _, leaf = stored.rpartition(".")
+        packed = leaf in PARTS or (leaf == "weight" and kind == "I8")
+        name = names.from_hf(f"{module}.weight" if packed else stored, config.sandwich_norm)
+        if name is None and any(ignored in stored for ignored in _IGNORED):
+            return
+        if name == "lm_head" and config.tie_embeddings:
+            return
+        if self.stated is not None and (leaf in IGNORED or self._is_filler(opened, stored, name)):
+            return
+        if name is None:
+            raise ModelFileError(f"{file}: tensor {stored} is none of a {config.arch} decoder's")
+        dtype = (_PART_DTYPES if packed else _DTYPES).get(kind)
+        if dtype is None:
+            raise ModelFileError(
+                f"{file}: tensor {stored} has type {kind}, which is not read: "
+                f"take weights in {', '.join(_DTYPES)}, or GGUF"
+            )
+        if packed:
+            whole = Stored(
+                source,
+                offset,
+                math.prod(shape) * dtype.itemsize,
+                partial(_decoded, dtype, shape, False),
+                mapped=True,
+            )
+            small = leaf == "weight_shape" and math.prod(shape) <= 2
+            shown = opened.get_tensor(stored) if small else torch.empty(shape, dtype=dtype, device="meta")
+            self._add_part(module, leaf, whole, shown)
+            return
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        for piece, rows in self._pieces(name).items():
+            first, stop, _ = rows.indices(shape[0]) if shape else (0, 1, 1)
+            piece_shape = (stop - first, *shape[1:]) if shape else ()
+            add_one = config.sandwich_norm and piece.endswith("norm")
+            weight = Stored(
+                source,
+                offset + first * row_bytes,
+                max(0, stop - first) * row_bytes,
+                partial(_decoded, dtype, piece_shape, add_one),
+                mapped=True,
+            )
+            self._add(piece, piece_shape, weight, f"{file}: tensor {stored}")
+
+    def join(self, module: str, parts: _Parts) -> None:
+        """Take in the quantized weight of `module`, whose parts are all known. Raises ModelFileError."""
+        origin = f"{parts.file}: {module}"
+        scheme = INT8 if self.stated is None and "weight" in parts.stored else self.stated
+        if scheme is None:
+            raise ModelFileError(
+                f"{origin} is packed, but config.json has no quantization_config that says how"
+            )
+        shape = scheme.shape(parts.shown, name=origin)
+        name = names.from_hf(f"{module}.weight", self.config.sandwich_norm)
+        assert name is not None
+        for piece, rows in self._pieces(name).items():
+            first, stop, _ = rows.indices(shape[0])
+            weight = Joined(parts.stored, partial(_unpacked, scheme, rows, origin))
+            self._add(piece, (stop - first, shape[1]), weight, origin)
+
+    def _add(self, piece: str, shape: tuple[int, ...], weight: Stored | Joined, origin: str) -> None:
+        if piece in self.weights:
+            raise ModelFileError(f"{origin} is there twice")
+        self.weights[piece], self.shapes[piece] = weight, shape
+
+    def _add_part(self, module: str, leaf: str, whole: Stored, shown: torch.Tensor) -> None:
+        parts = self.parts.setdefault(module, _Parts(whole.source.path))
         if leaf in parts.stored:
-            raise ModelFileError(f"{file}: tensor {stored} is there twice")
-        nbytes = math.prod(shape) * dtype.itemsize
-        parts.stored[leaf] = Stored(
-            source, offset, nbytes, partial(_decoded, dtype, shape, False), mapped=True
-        )
-        small = leaf == "weight_shape" and math.prod(shape) <= 2
-        parts.shown[leaf] = (
-            opened.get_tensor(stored) if small else torch.empty(shape, dtype=dtype, device="meta")
-        )
-        return
-    if kind not in _DTYPES:
-        raise ModelFileError(
-            f"{file}: tensor {stored} has type {kind}, which is not read: take weights in {', '.join(_DTYPES)}, or GGUF"
-        )
-    dtype = _DTYPES[kind]
-    row_bytes = math.prod(shape[1:]) * dtype.itemsize
-    for piece, rows in _pieces(name, config).items():
-        first, stop, _ = rows.indices(shape[0]) if shape else (0, 1, 1)
-        piece_shape = (stop - first, *shape[1:]) if shape else ()
-        add_one = config.sandwich_norm and piece.endswith("norm")
-        weight = Stored(
-            source=source,
-            offset=offset + first * row_bytes,
-            nbytes=max(0, stop - first) * row_bytes,
-            decode=partial(_decoded, dtype, piece_shape, add_one),
-            mapped=True,
-        )
-        found.add(piece, piece_shape, weight, f"{file}: tensor {stored}")
+            raise ModelFileError(f"{whole.source.path}: tensor {module}.{leaf} is there twice")
+        parts.stored[leaf], parts.shown[leaf] = whole, shown
 
+    def _pieces(self, name: str) -> dict[str, slice]:
+        """The canonical tensors that a stored one holds, with their rows: more than one where it is fused."""
+        prefix, _, leaf = name.rpartition(".")
+        if leaf in ("qkv", "gate_up"):
+            return {f"{prefix}.{key}": rows for key, rows in names.fused_parts(leaf, self.config).items()}
+        return {name: slice(None)}
 
-def _pieces(name: str, config: ModelConfig) -> dict[str, slice]:
-    """The canonical tensors that a stored one holds, with their rows: more than one where it is fused."""
-    prefix, _, leaf = name.rpartition(".")
-    if leaf in ("qkv", "gate_up"):
-        return {f"{prefix}.{key}": rows for key, rows in names.fused_parts(leaf, config).items()}
-    return {name: slice(None)}
-
-
-def _is_filler(opened: Any, stored: str, name: str | None, config: ModelConfig) -> bool:
-    """Is it one of the zeros that AutoGPTQ writes as the bias of a projection that has none?"""
-    if not stored.endswith("_proj.bias") or (config.qkv_bias and name is not None):
-        return False
-    return not bool(opened.get_tensor(stored).any())
-
-
-def _join(found: _Found, module: str, parts: _Parts, config: ModelConfig, stated: Scheme | None) -> None:
-    """Take in the quantized weight of `module`, now that all its parts are known."""
-    origin = f"{parts.file}: {module}"
-    scheme = INT8 if stated is None and "weight" in parts.stored else stated
-    if scheme is None:
-        raise ModelFileError(f"{origin} is packed, but config.json has no quantization_config that says how")
-    shape = scheme.shape(parts.shown, name=origin)
-    name = names.from_hf(f"{module}.weight", config.sandwich_norm)
-    assert name is not None
-    for piece, rows in _pieces(name, config).items():
-        join = partial(_unpacked, scheme, rows, origin)
-        first, stop, _ = rows.indices(shape[0])
-        found.add(piece, (stop - first, shape[1]), Joined(parts.stored, join), origin)
+    def _is_filler(self, opened: Any, stored: str, name: str | None) -> bool:
+        """Is it one of the zeros that AutoGPTQ writes as the bias of a projection that has none?"""
+        if not stored.endswith("_proj.bias") or (self.config.qkv_bias and name is not None):
+            return False
+        return not bool(opened.get_tensor(stored).any())
 
 
 def _unpacked(scheme: Scheme, rows: slice, name: str, parts: dict[str, Weight]) -> QuantTensor:
