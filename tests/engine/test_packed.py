@@ -728,6 +728,37 @@ def test_a_g_idx_that_points_to_no_group_or_overfills_one_is_refused(tmp_path: P
     assert "g_idx does not give each of 2 groups 32 of 64 inputs" in made.refusal(load="layers.0.k")
 
 
+UNPACKINGS = {
+    "AWQ int4 g32": lambda parts: unpack_awq(parts, 4, 32, "the weight"),
+    "GPTQ int3 per channel": lambda parts: unpack_gptq(parts, 3, -1, "the weight", 1),
+    "GPTQ int4 g32 act-order": lambda parts: unpack_gptq(parts, 4, 32, "the weight", 2),
+    "compressed-tensors int4 g32 act-order": lambda parts: unpack_compressed(parts, 4, 32, "the weight"),
+    "compressed-tensors int8 per channel": lambda parts: unpack_compressed(parts, 8, -1, "the weight"),
+    "int8 per channel": lambda parts: unpack_int8(parts, -1, "the weight"),
+}
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data(), recipe=st.sampled_from(list(UNPACKINGS)))
+def test_parts_of_any_shape_and_type_are_a_weight_or_are_refused_by_name(data: st.DataObject, recipe: str):
+    parts, whole = quantized(recipe, torch.Generator().manual_seed(0), 32, 64)
+    assert torch.equal(UNPACKINGS[recipe](parts).dequantize(), whole)
+    key = data.draw(st.sampled_from(sorted(parts)))
+    dtype = data.draw(st.sampled_from([torch.int8, torch.int32, torch.int64, torch.float16, torch.float32]))
+    shape = data.draw(
+        st.lists(st.sampled_from([0, 1, 2, 3, 16, 32, 64]), max_size=3) | st.just(list(parts[key].shape))
+    )
+    parts[key] = torch.full(shape, data.draw(st.sampled_from([-1, 0, 1, 40]))).to(dtype)
+    said = "the weight"
+    try:
+        weight = UNPACKINGS[recipe](parts)
+    except ModelFileError as error:
+        said = str(error)
+    else:
+        assert torch.isfinite(weight.dequantize()).all() and weight.shape[0] == 32
+    assert said.startswith("the weight") and "\n" not in said
+
+
 def test_bits_that_a_format_does_not_have_are_refused_by_its_unpacking():
     parts = {"weight_packed": torch.zeros(2, 2, dtype=torch.int32)}
     for refused in (
