@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -297,20 +298,35 @@ def sequences(vocab: int = TINY.vocab_size, count: int = 6, length: int = 50) ->
     return drawn.tolist()
 
 
-def logits(checkpoint: Checkpoint, tokens: list[int], layers=None) -> torch.Tensor:
-    """Logits [n, vocab] in float32, with `run_layer`; `layers` gives other weights for a layer."""
+Layers = Callable[[int], dict[str, torch.Tensor]]
+
+
+def layers_of(checkpoint: Checkpoint) -> Layers:
+    """The layers as they are in the checkpoint, float32 by leaf."""
+
+    def layer(i: int) -> dict[str, torch.Tensor]:
+        found = [name for name in checkpoint.names if name.startswith(f"layers.{i}.")]
+        return {name.rpartition(".")[2]: dense(checkpoint.load(name), torch.float32, CPU) for name in found}
+
+    return layer
+
+
+def shards_of(folder: Path, config: ModelConfig, recipe: Recipe) -> Layers:
+    """The layers in a quantized folder, as the next layer's calibration sees them."""
+    return lambda i: read_layer(
+        load_file(shard_path(folder, i, config)), config, i, recipe, CPU, torch.float32
+    )
+
+
+def logits(checkpoint: Checkpoint, tokens: list[int], layers: Layers | None = None) -> torch.Tensor:
+    """Logits [n, vocab] in float32, with `run_layer`; `layers` gives other weights for the layers."""
     config = checkpoint.config
+    layers = layers or layers_of(checkpoint)
     table = dense(checkpoint.load("embed"), torch.float32, CPU)
     h = table[torch.tensor(tokens)] * config.embed_scale
     for i in range(config.num_layers):
-        prefix = f"layers.{i}."
-        leaves = [name.removeprefix(prefix) for name in checkpoint.names if name.startswith(prefix)]
-        layer = (
-            layers(i)
-            if layers
-            else {leaf: dense(checkpoint.load(prefix + leaf), torch.float32, CPU) for leaf in leaves}
-        )
-        h = run_layer(layer, config, i, rope_tables(config.rope_of(i), config.head_dim, len(h), CPU), h)
+        tables = rope_tables(config.rope_of(i), config.head_dim, len(h), CPU)
+        h = run_layer(layers(i), config, i, tables, h)
     h = rms_norm(h, None, dense(checkpoint.load("final_norm"), torch.float32, CPU), config.norm_eps)
     head = table if config.tie_embeddings else dense(checkpoint.load("lm_head"), torch.float32, CPU)
     return F.linear(h, head)
@@ -401,13 +417,6 @@ def test_transformers_finds_every_weight_under_its_own_name(name: str, method: s
     assert (logits(source, tokens, layers) - expected).abs().max() < 1e-4
 
 
-def shards_of(folder: Path, config: ModelConfig, recipe: Recipe):
-    """The layers in a folder, as the next layer's calibration sees them."""
-    return lambda i: read_layer(
-        load_file(shard_path(folder, i, config)), config, i, recipe, CPU, torch.float32
-    )
-
-
 @pytest.mark.parametrize(("arch", "tokenizer", "metadata"), [
     ("llama", "gpt2", {}), ("qwen2", "gpt2", {}), ("llama", "llama", {"tokenizer.ggml.add_space_prefix": True}),
     ("gemma3", "llama", {
@@ -470,6 +479,38 @@ def test_the_tokenizer_of_a_real_gguf_file_survives(name: str, tmp_path: Path) -
     found = Tokenizer.from_folder(tmp_path)
     assert found is not None
     assert_same_tokenizer(found, source.tokenizer)
+
+
+@pytest.mark.slow
+def test_gptq_and_awq_keep_a_real_model_nearer_to_itself_than_rounding(tmp_path: Path) -> None:
+    """KL divergence of the next token to Qwen-0.5B's own, over documents that calibration has not seen."""
+    source = open_checkpoint(cached_model("qwen-0.5b"))
+    assert source.tokenizer is not None
+    documents = sorted((Path(__file__).parents[2] / "testsets/llm-serving/documents").glob("*.md"))
+    texts = [source.tokenizer.encode(path.read_text(encoding="utf-8"))[:512] for path in documents]
+    calibration, held_out = texts[::2], [tokens[:256] for tokens in texts[1::2][:6]]
+    with torch.inference_mode():
+        exact = [F.log_softmax(part, -1) for part in logits_of_each(source, held_out, layers_of(source))]
+        lost = {}
+        for method in ("rtn", "gptq", "awq"):
+            quantize(source, tmp_path / method, method, 4, 128, calibration, "cpu")
+            layers = shards_of(tmp_path / method, source.config, Recipe(method, 4, 128))
+            each = [
+                (p.exp() * (p - F.log_softmax(q, -1))).sum(-1).mean()
+                for p, q in zip(exact, logits_of_each(source, held_out, layers), strict=True)
+            ]
+            lost[method] = float(sum(each)) / len(each)
+    print(lost)
+    assert 0.01 < lost["rtn"] < 0.5
+    assert lost["gptq"] < 0.7 * lost["rtn"]
+    assert lost["awq"] < 0.7 * lost["rtn"]
+
+
+def logits_of_each(checkpoint: Checkpoint, texts: list[list[int]], layers: Layers) -> Iterator[torch.Tensor]:
+    """`logits` of several sequences, for which a layer is read once."""
+    read = [layers(i) for i in range(checkpoint.config.num_layers)]
+    for tokens in texts:
+        yield logits(checkpoint, tokens, read.__getitem__)
 
 
 # --- resuming -------------------------------------------------------------------------------------------
