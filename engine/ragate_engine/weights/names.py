@@ -82,6 +82,14 @@ def from_hf(name: str, sandwich_norm: bool) -> str | None:
     return _HF_TOP.get(name)
 
 
+def to_gguf(name: str) -> str:
+    """The GGUF name of a canonical tensor (`layers.0.qkv` where the three are to be fused)."""
+    layer, dot, leaf = name.rpartition(".")
+    table = _GGUF_LAYER if dot else _GGUF_TOP
+    stored = next(theirs for theirs, ours in table.items() if ours == leaf)
+    return f"{layer.replace('layers.', 'blk.')}{dot}{stored}"
+
+
 def to_hf(name: str, sandwich_norm: bool) -> str:
     """The Hugging Face name of a canonical tensor (`layers.0.qkv` and `gate_up` where it is to be fused)."""
     layer, dot, leaf = name.rpartition(".")

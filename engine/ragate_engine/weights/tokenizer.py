@@ -30,19 +30,19 @@ END_OF_TURN = frozenset(
 # Values of tokenizer.ggml.token_type.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 
-_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-_DEFAULT_SPLITS = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]")
+_DEFAULT_SPLITS = (r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]")
 
-_SPLITS: dict[str, tuple[str, ...]] = {
+SPLITS: dict[str, tuple[str, ...]] = {
     "default": _DEFAULT_SPLITS,
-    "gpt-2": (_GPT2_SPLIT,),
-    "smollm": (r"\p{N}", _GPT2_SPLIT),
-    "starcoder": (r"\p{N}", _GPT2_SPLIT),
+    "gpt-2": (GPT2_SPLIT,),
+    "smollm": (r"\p{N}", GPT2_SPLIT),
+    "starcoder": (r"\p{N}", GPT2_SPLIT),
     "qwen2": (_QWEN2_SPLIT,),
     "deepseek-r1-qwen": (_QWEN2_SPLIT,),
     "llama-bpe": (_LLAMA3_SPLIT,),
@@ -226,12 +226,12 @@ def _from_gguf(file: GGUFFile) -> Tokenizer:
 def _byte_level(meta: Fields, tokens: list[str]) -> HfTokenizer:
     """GPT-2's BPE over bytes: the text is split by the file's rule, then its merges are applied."""
     pre = meta.get("ggml.pre", str) or "default"
-    if pre not in _SPLITS:
-        known = ", ".join(_SPLITS)
+    if pre not in SPLITS:
+        known = ", ".join(SPLITS)
         meta.refuse(
             f"its tokenizer splits text by the rule {pre[:40]!r}, which this engine does not know: {known}"
         )
-    splits = _SPLITS[pre]
+    splits = SPLITS[pre]
     # The first token of a spelling keeps it; a later twin can be decoded but is never written.
     vocab = {token: i for i, token in reversed(list(enumerate(tokens)))}
     merges = meta.need("ggml.merges", list)
