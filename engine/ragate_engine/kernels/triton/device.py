@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import torch
 
 PDL = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 """Programmatic dependent launch: a kernel is set up while the one before it ends (Hopper and later)."""
+
+COMPILED = os.environ.get("TRITON_INTERPRET") != "1"
+"""Whether kernels run as machine code: the interpreter knows no inline assembly."""
 
 
 def launch() -> dict[str, Any]:

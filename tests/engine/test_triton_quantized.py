@@ -1,0 +1,220 @@
+"""The quantized linear kernel: what is packed is what was given; through the interpreter every kind is multiplied."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from quantized_cases import KINDS, Kind, random_weight
+
+pytest.importorskip("triton")
+from ragate_engine.kernels.triton.quantized import (
+    CONSTANT,
+    OFFSET,
+    PLANES,
+    ZERO,
+    Tile,
+    _instructions,
+    _pair,
+    dequantize,
+    pack_quantized,
+    packable,
+    product,
+)
+from ragate_engine.quant.tensor import QuantTensor
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu checks the compiled kernels")
+TILES = [Tile(16, 64, 4, 2), Tile(32, 128, 4, 2)]
+BESIDE = {"nothing": CONSTANT, "zero": ZERO, "offset": OFFSET}
+
+
+def half_scales(weight: QuantTensor) -> torch.Tensor:
+    """The weights [out, in], in the order of inputs, with scale and offset rounded to bfloat16 and nothing else."""
+    codes = weight.codes.double()
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        return values.bfloat16().double().repeat_interleave(weight.group, dim=1)
+
+    scales = spread(weight.scales)
+    if weight.offsets is None:
+        values = codes * scales
+    else:
+        zeros = (-weight.offsets / weight.scales).round()
+        if torch.equal(-zeros * weight.scales, weight.offsets):
+            values = (codes - zeros.double().repeat_interleave(weight.group, dim=1)) * scales
+        else:
+            values = codes * scales + spread(weight.offsets)
+    if weight.order is None:
+        return values
+    return torch.zeros_like(values).index_copy_(1, weight.order, values)
+
+
+@pytest.mark.parametrize("width", [256, 160, 96 + 16])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_what_is_packed_is_the_weight_rounded_once(kind: Kind, width: int) -> None:
+    if kind.group and width % kind.group:
+        width = 3 * kind.group
+    weight = random_weight(kind, 48, width)
+    packed = pack_quantized([weight])
+    assert packed.kind == BESIDE[kind.beside]
+    expected = half_scales(weight)
+    if weight.order is not None:
+        expected = expected[:, weight.order]
+    assert torch.equal(dequantize(packed), expected.bfloat16())
+
+
+@pytest.mark.parametrize("bits", PLANES)
+def test_words_hold_the_codes_and_little_else(bits: int) -> None:
+    packed = pack_quantized([random_weight(Kind(bits, 128, "zero"), 32, 1024)])
+    held = packed.low.nbytes + (packed.high.nbytes if packed.high is not None else 0)
+    assert held == 32 * 1024 * bits // 8
+
+
+@interpreted
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_every_kind_gives_the_product(kind: Kind) -> None:
+    width = 160 if kind.group in (0, 16, 32) else 3 * kind.group
+    weight = random_weight(kind, 80, width)
+    x = torch.randn(20, width, generator=torch.Generator().manual_seed(1)).bfloat16()
+    bias = torch.randn(80).bfloat16()
+    expected = x.double() @ half_scales(weight).T + bias.double()
+    for tile in TILES:
+        found = product(x, pack_quantized([weight]), bias, True, None, None, tile=tile)
+        assert torch.allclose(found.double(), expected, atol=1e-4), tile
+
+
+@interpreted
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("kind", [Kind(4, 128, "zero"), Kind(6, 16)], ids=str)
+def test_gate_and_up_meet(kind: Kind, activation: str) -> None:
+    gate, up = (random_weight(kind, 48, 256, seed) for seed in (1, 2))
+    x = torch.randn(20, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    g, u = (x.double() @ half_scales(w).T for w in (gate, up))
+    expected = (F.silu(g) if activation == "silu" else F.gelu(g, approximate="tanh")) * u
+    for tile in TILES:
+        found = product(x, pack_quantized([gate, up], gated=True), None, False, activation, None, tile=tile)
+        assert torch.allclose(found.double(), expected, atol=1e-2, rtol=1e-2), tile
+
+
+@interpreted
+def test_rows_past_the_count_and_columns_of_others_stay_as_they_are() -> None:
+    weights = [random_weight(Kind(4, 32, "offset"), out, 64, seed) for seed, out in enumerate((32, 16))]
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x[25:] = float("nan")
+    y = torch.full((40, 64), 7.0)
+    count = torch.tensor([25], dtype=torch.int32)
+    product(x, pack_quantized(weights), None, True, None, count, y[:, 8:56], TILES[0])
+    expected = x[:25].double() @ torch.cat([half_scales(w) for w in weights]).T
+    assert torch.allclose(y[:25, 8:56].double(), expected, atol=1e-4)
+    y[:25, 8:56] = 7.0
+    assert torch.equal(y, torch.full((40, 64), 7.0))
+
+
+def test_weights_of_two_kinds_are_no_product() -> None:
+    with pytest.raises(ValueError, match="one number of bits and one group size"):
+        pack_quantized([random_weight(Kind(4, 32), 16, 64), random_weight(Kind(8, 32), 16, 64)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "out", "width", "expected"),
+    [
+        (Kind(4, 128), 16, 256, True),
+        (Kind(4, 8), 16, 256, False),
+        (Kind(4, 48), 16, 96, False),
+        (Kind(8, 0), 16, 48, True),
+        (Kind(4, 128), 24, 128, False),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_named(kind: Kind, out: int, width: int, expected: bool) -> None:
+    assert packable(random_weight(kind, out, width)) is expected
+
+
+@pytest.mark.parametrize("value", [128, 136, 160, 2048 + 128, 2048 + 128 + 128])
+def test_constants_are_exact(value: int) -> None:
+    bits = int(_pair(value), 16)
+    assert bits >> 16 == bits & 0xFFFF
+    assert (
+        torch.tensor([bits & 0xFFFF], dtype=torch.int32).to(torch.int16).view(torch.bfloat16).item() == value
+    )
+
+
+def run_ptx(text: str, low: int, high: int, scale: float, beside: float) -> list[float]:
+    """What the instructions make of one pair of words, worked out without a card: the lower half first."""
+
+    def pair(value: float) -> int:
+        half = int(torch.tensor(value).bfloat16().view(torch.int16)) & 0xFFFF
+        return half << 16 | half
+
+    def halves(word: int) -> torch.Tensor:
+        both = torch.tensor([word & 0xFFFF, word >> 16], dtype=torch.int32).to(torch.int16)
+        return both.view(torch.bfloat16).double()
+
+    registers = {"$1": low, "$2": high, "$3": pair(scale), "$4": pair(beside)}
+
+    def value(name: str) -> int:
+        return registers[name] if name in registers else int(name, 0)
+
+    for line in text.splitlines():
+        if line.startswith(("{", "}", ".reg")):
+            continue
+        operation, rest = line.rstrip(";").split(" ", 1)
+        target, *sources = [part.strip() for part in rest.split(",")]
+        a, *others = (value(source) for source in sources)
+        if operation == "shr.b32":
+            found = a >> others[0]
+        elif operation == "shl.b32":
+            found = a << others[0] & 0xFFFFFFFF
+        elif operation == "and.b32":
+            found = a & others[0]
+        elif operation == "or.b32":
+            found = a | others[0]
+        elif operation == "lop3.b32":
+            assert others[2] == 0xEA  # (a & b) | c, from the table 0xf0, 0xcc, 0xaa
+            found = a & others[0] | others[1]
+        elif operation == "mov.b32":
+            found = a
+        else:
+            x, y = halves(a), halves(others[0])
+            results = {
+                "sub.rn.bf16x2": lambda x=x, y=y: x - y,
+                "add.rn.bf16x2": lambda x=x, y=y: x + y,
+                "mul.rn.bf16x2": lambda x=x, y=y: x * y,
+                "fma.rn.bf16x2": lambda x=x, y=y, z=others[-1]: x * y + halves(z),
+            }[operation]()
+            bits = results.bfloat16().view(torch.int16).to(torch.int32) & 0xFFFF
+            found = int(bits[1]) << 16 | int(bits[0])
+        registers[target] = found
+    return halves(registers["$0"]).tolist()
+
+
+@pytest.mark.parametrize("kind", [CONSTANT, ZERO, OFFSET])
+@pytest.mark.parametrize("bits", PLANES)
+def test_the_instructions_unpack_every_code_in_every_place(bits: int, kind: int) -> None:
+    low, high = PLANES[bits]
+    planes = 16 // low
+    places = [(i, q) for q in range(low // high if high else 1) for i in range(planes)]
+    scale, zero = 0.0123, (1 << bits) - 2
+    rounded = torch.tensor(scale).bfloat16().double()
+    beside = {CONSTANT: 0.0, ZERO: float(zero + (128 if bits < 8 else 0)), OFFSET: -0.456}[kind]
+    codes = range(1 << bits)
+    for i, q in places:
+        field = (q * planes + i) * high
+        text = _instructions(
+            low, high, i * low, field, kind, 128 + (1 << bits - 1 if kind == CONSTANT else 0)
+        )
+        for first, second in zip(codes, reversed(codes), strict=True):
+            words = [0xFFFFFFFF, 0xFFFFFFFF]  # neighbours' bits must not matter
+            for half, code in ((0, first), (16, second)):
+                for word, at, width, part in ((0, i * low, low, code), (1, field, high, code >> low)):
+                    mask = (1 << width) - 1
+                    words[word] &= ~(mask << half + at)
+                    words[word] |= (part & mask) << half + at
+            found = run_ptx(text, *words, scale, beside)
+            for code, weight in zip((first, second), found, strict=True):
+                if kind == CONSTANT:
+                    exact = (code - (1 << bits - 1)) * rounded
+                elif kind == ZERO:
+                    exact = (code - zero) * rounded
+                else:
+                    exact = code * rounded + torch.tensor(beside).bfloat16().double()
+                assert weight == exact.bfloat16().item(), (i, q, code)
