@@ -591,6 +591,21 @@ def test_ranges_for_activations_and_cache_are_left_out(tmp_path: Path):
     assert isinstance(open_checkpoint(made.write()).load("layers.0.k"), QuantTensor)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("compressed-tensors int4 g32", {"strategy": None}),
+        ("compressed-tensors int8 per channel", {**CHANNEL, "strategy": None, "symmetric": False}),
+    ],
+)
+def test_a_strategy_that_is_not_stated_follows_from_the_group(
+    tmp_path: Path, recipe: str, changes: dict[str, Any]
+):
+    made = folder(tmp_path, recipe)
+    made.settings = compressed_settings(**changes)
+    assert open_checkpoint(made.write()).quantization == recipe
+
+
 def test_a_g_idx_from_before_calibration_says_nothing(tmp_path: Path):
     made = folder(tmp_path, "compressed-tensors int4 g32")
     plain = open_checkpoint(made.write()).load("layers.0.k")
@@ -627,6 +642,7 @@ def test_a_g_idx_from_before_calibration_says_nothing(tmp_path: Path):
         ("compressed-tensors int4 g32", compressed_settings("nvfp4-pack-quantized"), "'nvfp4-pack-quantized'"),
         ("compressed-tensors int4 g32", compressed_settings(type="float"), "type 'float'"),
         ("compressed-tensors int4 g32", compressed_settings(strategy="block"), "'block'"),
+        ("compressed-tensors int4 g32", compressed_settings(group_size=None), "group_size is missing"),
         ("compressed-tensors int4 g32", compressed_settings(num_bits=3), "4 and 8 bits are read"),
         ("compressed-tensors int4 g32", compressed_settings(num_bits=8), "[64, 96] weights of 8 bits do not fill"),
         ("compressed-tensors int4 g32", compressed_settings(group_size=16), "has shape [64, 3], expected [64, 6]"),

@@ -134,6 +134,8 @@ def _compressed(fields: Fields) -> Scheme:
         )
     if strategy not in ("group", "channel", "tensor", None):
         fields.refuse(f"its weights are scaled by {str(strategy)[:40]!r}: group, channel and tensor are read")
+    if strategy == "group" and group is None:
+        fields.refuse("group_size is missing from its config_groups: fetch or convert the model again")
     group = -1 if strategy in ("channel", "tensor") or group is None else group
     act_order = any(one.values.get("actorder") in ("group", "dynamic", True) for one in settings)
     name = _named("compressed-tensors", bits, group) + (" act-order" if act_order else "")
