@@ -356,7 +356,10 @@ def models_verify(name: str | None) -> int:
 @models.command("quantize")
 @click.argument("source")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--method", type=click.Choice(["gptq", "awq", "rtn"]), default="gptq", help="How [gptq].")
+@click.option(
+    "--method", type=click.Choice(["gptq", "awq", "rtn", "gguf"]), default="gptq", help="How [gptq]."
+)
+@click.option("--type", "mix", default="Q4_K_M", help="gguf: Q2_K, Q4_0, Q4_K_M, Q5_K_M or Q8_0 [Q4_K_M].")
 @click.option("--bits", type=int, default=4, help="Bits of a weight [4].")
 @click.option("--group", type=int, default=128, help="Weights that share a scale; -1 is a whole row [128].")
 @click.option("--symmetric", is_flag=True, help="No zero points, as some fast kernels want it (rtn, gptq).")
@@ -366,7 +369,10 @@ def models_verify(name: str | None) -> int:
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to quantize [auto].")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
 def models_quantize(source: str, folder: Path, quiet: bool, **options: Any) -> int:
-    """Make a smaller model of SOURCE, a catalogue name or a path, in FOLDER; resumes where it was stopped."""
+    """Make a smaller model of SOURCE, a catalogue name or a path, in FOLDER; resumes where it was stopped.
+
+    By the method gguf, FOLDER is the file to write, as llama.cpp would.
+    """
     from ragate.progress import Progress
     from ragate.quantize import quantize
 
@@ -376,7 +382,8 @@ def models_quantize(source: str, folder: Path, quiet: bool, **options: Any) -> i
             quantize(source, folder, settings, progress.say, **options)
     except KeyboardInterrupt:
         again = shlex.join(["ragate", *click.get_current_context().obj])
-        click.echo(f"interrupted: finished layers are in {folder}; run `{again}` again to go on", err=True)
+        done = "nothing was written" if options["method"] == "gguf" else f"finished layers are in {folder}"
+        click.echo(f"interrupted: {done}; run `{again}` again to go on", err=True)
         return EXIT_INTERRUPTED
     click.echo(folder)
     return 0

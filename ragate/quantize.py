@@ -37,11 +37,13 @@ def quantize(
     symmetric: bool,
     desc_act: bool,
     text: Path | None,
+    mix: str,
 ) -> None:
     """Quantize the model `source`, a catalogue name or a path, into `folder`; called again it resumes.
 
-    Calibrated on the file `text`, else on the prompts for the test set of `settings`. Raises RagateError and the
-    engine's errors. Imports torch.
+    By the method `gguf` it becomes a file, `folder`, of the `mix`, whole or not at all. By others it is calibrated on
+    the file `text`, else on the prompts for the test set of `settings`. Raises RagateError and the engine's errors.
+    Imports torch.
     """
     from ragate import catalog
     from ragate_engine.quantize import quantize as quantize_model
@@ -51,6 +53,11 @@ def quantize(
         source, settings.device, progress=lambda done, total: say("fetching the model", done, total)
     )
     checkpoint = open_checkpoint(choice.path)
+    if method == "gguf":
+        from ragate_engine.weights.gguf_write import write_gguf
+
+        write_gguf(checkpoint, folder, mix, lambda done, total: say("writing", done, total), settings.device)
+        return
     calibration: list[list[int]] = []
     if method != "rtn":
         if checkpoint.tokenizer is None:

@@ -34,6 +34,8 @@ def vocabulary(folder: Path, tokenizer: Tokenizer, size: int) -> dict[str, Any]:
     if tokenizer.vocab_size > size:
         whole.refuse(f"it has {tokenizer.vocab_size} tokens, but the model {size} embeddings: fetch it again")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.need("merges", list)]
+    if not merges:
+        whole.refuse("its vocabulary has no merges, which GGUF cannot say: fetch it again")
     sentencepiece = bool(model.get("byte_fallback", bool))
     unknown = model.get("unk_token", str) if sentencepiece else None
 

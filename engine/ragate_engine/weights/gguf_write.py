@@ -7,6 +7,7 @@ header; the tensors follow it straight from the source, so that no more than one
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from contextlib import suppress
@@ -52,6 +53,12 @@ _NARROWER = {
 }
 """What stands in for a type of blocks of 256 where rows are no multiple of that (`tensor_type_fallback`)."""
 
+_OWN = (
+    *("GGUF.", "split.", "general.architecture", "general.alignment"),
+    *("general.file_type", "general.quantization_version"),
+)
+"""Metadata that is not copied from another GGUF file: it is the header's, the mix's or the writer's."""
+
 _ALIGN = 32
 _ROWS_BYTES = 64 << 20
 """Float32 bytes of the rows that are encoded and written at a time."""
@@ -67,9 +74,9 @@ def write_gguf(
 ) -> None:
     """Write `source` to `path`, whole or not at all, as one of `MIXES`; the bytes do not depend on the `device`.
 
-    `progress` is told the weights written so far, and how many there are. Raises ConfigError for an unknown mix and
-    for a model that a GGUF file cannot describe, ModelFileError for a source that cannot be read or lacks its
-    tokenizer, and where `path` cannot be written.
+    `progress` is told the bytes of weights written so far, and how many there will be. Raises ConfigError for an
+    unknown mix and for a model that a GGUF file cannot describe, ModelFileError for a source that cannot be read or
+    lacks its tokenizer, and where `path` cannot be written.
     """
     if mix not in MIXES:
         raise ConfigError(f"there is no GGUF mix {mix!r}: take one of {', '.join(MIXES)}")
@@ -126,9 +133,9 @@ def _wanted(name: str, width: int, mix: str, config: ModelConfig) -> Kind:
             kind = Kind.Q4_K if shared >= 4 else Kind.Q3_K
         elif mix in ("Q4_K_M", "Q5_K_M") and many:
             kind = Kind.Q6_K
-        # Llama 2 and 3 of 70B: many heads share a small matrix, so its bits are cheap.
-        llama_70b = config.arch in ("llama", "mistral") and layers == 80 and shared > 1
-        return Kind.Q5_K if llama_70b and kind in (Kind.Q3_K, Kind.Q4_K) else kind
+        # Models that llama.cpp calls 70B: many heads share a small matrix, so its bits are cheap.
+        is_70b = layers == 80 and (config.arch == "qwen2" or (config.arch == "llama" and shared > 1))
+        return Kind.Q5_K if is_70b and kind in (Kind.Q3_K, Kind.Q4_K) else kind
     if mix == "Q2_K" and leaf in ("ffn_down", "attn_output"):
         return Kind.Q3_K
     if mix in ("Q4_K_M", "Q5_K_M") and leaf == "ffn_down" and many:
@@ -157,23 +164,24 @@ class _Tensor:
     """Where the very bytes lie, if they do."""
 
     @property
-    def weights(self) -> int:
-        return int(np.prod(self.shape))
-
-    @property
     def nbytes(self) -> int:
         block, block_bytes = SIZES[self.kind]
-        return self.weights // block * block_bytes
+        return math.prod(self.shape) // block * block_bytes
+
+
+Entry = tuple[str, Any, Any, Any]
+"""Metadata: key, value, its type and that of its items (`gguf.GGUFValueType`; `None` where it is no array)."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """All of the file but the weights: `metadata` as (key, value, GGUF type or `None` where the value tells it)."""
+    """All that will be in the file; the weights are still where they are."""
 
     arch: str
-    metadata: list[tuple[str, Any, Any, Any]]
+    metadata: list[Entry]
     tensors: list[_Tensor]
     origin: Path
+    """What errors name."""
 
 
 def _from_gguf(source: Checkpoint, mix: str) -> _Plan:
@@ -187,27 +195,21 @@ def _from_gguf(source: Checkpoint, mix: str) -> _Plan:
         verbatim = stored if info.kind == kind else None
         tensors.append(_Tensor(info.name, info.shape, kind, (stored,), verbatim=verbatim))
     metadata = []
-    for key, entry in container.GGUFReader(source.path).fields.items():
-        ours = (
-            "general.architecture",
-            "general.file_type",
-            "general.quantization_version",
-            "general.alignment",
-        )
-        if not key.startswith(("GGUF.", "split.")) and key not in ours:
-            inner = entry.types[-1] if entry.types[0] == container.GGUFValueType.ARRAY else None
-            metadata.append((key, entry.contents(), entry.types[0], inner))
+    for key, entry in container.GGUFReader(source.path).fields.items():  # which tells the types of numbers
+        if key.startswith(_OWN) or file.metadata[key] == []:  # the package writes no empty array
+            continue
+        inner = entry.types[-1] if entry.types[0] == container.GGUFValueType.ARRAY else None
+        metadata.append((key, entry.contents(), entry.types[0], inner))
     return _Plan(file.metadata["general.architecture"], [*metadata, *_numbers(mix)], tensors, source.path)
 
 
-def _numbers(mix: str) -> list[tuple[str, Any, Any, Any]]:
+def _numbers(mix: str) -> list[Entry]:
     """What names the mix."""
-    kind = container.GGUFValueType.UINT32
-    version = container.GGML_QUANT_VERSION
-    return [
-        ("general.file_type", MIXES[mix][0], kind, None),
-        ("general.quantization_version", version, kind, None),
-    ]
+    values = {
+        "general.file_type": MIXES[mix][0],
+        "general.quantization_version": container.GGML_QUANT_VERSION,
+    }
+    return list(map(_typed, values.items()))
 
 
 def _from_folder(source: Checkpoint, mix: str) -> _Plan:
@@ -274,7 +276,7 @@ def _metadata(config: ModelConfig, name: str) -> dict[str, Any]:
     return general | {f"{config.arch}.{key}": value for key, value in values.items()}
 
 
-def _typed(entry: tuple[str, Any]) -> tuple[str, Any, Any, Any]:
+def _typed(entry: tuple[str, Any]) -> Entry:
     """Metadata with the type that GGUF gives such a value."""
     kinds = container.GGUFValueType
     key, value = entry
@@ -366,29 +368,27 @@ def _write_header(plan: _Plan, path: Path) -> None:
 def _write_tensors(
     plan: _Plan, file: BinaryIO, device: torch.device, progress: Callable[[int, int], None]
 ) -> None:
-    total = sum(tensor.weights for tensor in plan.tensors)
+    total = sum(tensor.nbytes for tensor in plan.tensors)
     done = 0
     file.write(b"\0" * (-file.tell() % _ALIGN))
     for tensor in plan.tensors:
         start = file.tell()
-        for data, weights in _pieces(plan.origin, tensor, device):
+        for data in _pieces(plan.origin, tensor, device):
             file.write(data.numpy().data)
-            done += weights
+            done += len(data)
             progress(done, total)
         assert file.tell() - start == tensor.nbytes, f"{tensor.name} has another size than the header says"
         file.write(b"\0" * (-file.tell() % _ALIGN))
 
 
-def _pieces(origin: Path, tensor: _Tensor, device: torch.device) -> Iterator[tuple[torch.Tensor, int]]:
-    """The bytes of a tensor in turn, uint8 on the host, each with the number of weights that it holds."""
-    block, block_bytes = SIZES[tensor.kind]
+def _pieces(origin: Path, tensor: _Tensor, device: torch.device) -> Iterator[torch.Tensor]:
+    """The bytes of a tensor in turn, each uint8 [n] on the host."""
     if tensor.verbatim is not None:
         with tensor.verbatim.source.open() as file:
-            for start in range(0, tensor.nbytes, _COPY_BYTES // block_bytes * block_bytes):
-                size = min(_COPY_BYTES // block_bytes * block_bytes, tensor.nbytes - start)
-                data = torch.empty(size, dtype=torch.uint8)
+            for start in range(0, tensor.nbytes, _COPY_BYTES):
+                data = torch.empty(min(_COPY_BYTES, tensor.nbytes - start), dtype=torch.uint8)
                 tensor.verbatim.read_into(file, start, data)
-                yield data, size // block_bytes * block
+                yield data
         return
     width = tensor.shape[-1]
     step = max(1, _ROWS_BYTES // 4 // width)
@@ -403,6 +403,6 @@ def _pieces(origin: Path, tensor: _Tensor, device: torch.device) -> Iterator[tup
             )
             dense = rows.dequantize() if isinstance(rows, QuantTensor) else rows
             try:
-                yield encode(tensor.kind, dense).cpu().view(-1), dense.numel()
+                yield encode(tensor.kind, dense).cpu().view(-1)
             except ValueError as error:
                 raise ModelFileError(f"{origin}: tensor {tensor.name} cannot be written: {error}") from None
