@@ -22,6 +22,7 @@ from ragate_engine.config import ModelConfig
 from ragate_engine.kernels import StepInputs
 from ragate_engine.quant.formats import Kind
 from ragate_engine.quant.tensor import QuantTensor
+from ragate_engine.quantize import quantize
 from ragate_engine.request import Request, Row, StepPlan
 from ragate_engine.runner import Runner
 from ragate_engine.weights import Checkpoint, names, open_checkpoint
@@ -263,6 +264,19 @@ def test_half_precision_folders_and_unquantized_vectors(tmp_path: Path) -> None:
     infos = read_header(path).tensors
     assert {info.kind for info in infos.values() if len(info.shape) == 1} == {Kind.F32}
     assert torch.equal(dense(open_checkpoint(path), "layers.3.k_bias"), dense(source, "layers.3.k_bias"))
+
+
+def test_a_folder_that_is_quantized_is_written_from_what_its_weights_mean(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    quantize(open_checkpoint(folders["llama"]), tmp_path / "int4", "rtn", 4, 64, [], "cpu", quietly)
+    source = open_checkpoint(tmp_path / "int4")
+    assert "int4" in source.quantization
+    write_gguf(source, tmp_path / "x.gguf", "Q8_0", quietly)
+    found = open_checkpoint(tmp_path / "x.gguf")
+    for name in ("layers.0.q", "layers.7.down", "embed"):
+        wanted = dense(source, name)
+        assert (dense(found, name) - wanted).norm() < 0.006 * wanted.norm(), name
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "sentencepiece, prefixed"])
