@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from bench import peer, result, roofline, workload
-from bench.random_model import SHAPES, open_model, write_safetensors
+from bench.random_model import QUANTIZED, SHAPES, open_model, write_safetensors
 from ragate_engine import Engine, EngineConfig, SamplingParams, Usage
 from ragate_engine.weights import Checkpoint, names
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     found = result.header(args.device) | {
         "model": args.model,
         "settings": {"max_batch": args.max_batch, "max_step_tokens": args.max_step_tokens, "max_len": MAX_LEN,
-                     "kv_dtype": args.kv_dtype},
+                     "kv_dtype": args.kv_dtype, "weights": args.weights},
         "sizes": vars(sizes),
         "limits": vars(limits) if limits else None,
     }  # fmt: skip
@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             max_step_tokens=args.max_step_tokens,
             kv_bytes=args.kv_bytes,
             kv_dtype=args.kv_dtype,
+            weights=args.weights,
         )
         with Engine(checkpoint, config) as engine:
             gc.freeze()  # as ragate does (ragate/session.py)
@@ -291,9 +292,10 @@ def _read_through(path: Path) -> int:
 
 
 def _weight_size(checkpoint: Checkpoint) -> float:
-    """Bytes a value on average: 2 for random weights, else as the files have it."""
+    """Bytes a value on average: of random weights by their kind, else as the files have it."""
     if not checkpoint.files:
-        return 2.0
+        kind = QUANTIZED.get(checkpoint.quantization)
+        return kind.size if kind is not None else 2.0
     values = sum(torch.Size(shape).numel() for shape in names.expected(checkpoint.config).values())
     return sum(file.stat().st_size for file in checkpoint.files) / values
 
@@ -355,6 +357,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-batch", type=int, default=256)
     parser.add_argument("--max-step-tokens", type=int, default=8192)
     parser.add_argument("--kv-dtype", choices=("auto", "fp8_e4m3", "fp8_e5m2"), default="auto")
+    parser.add_argument("--weights", choices=("auto", "packed", "dense"), default="auto")
     parser.add_argument("--kv-bytes", type=int)
     parser.add_argument("--starts", type=int, default=3, help="fresh processes of the point startup")
     parser.add_argument("--folder", type=Path, help="where the weights of the point startup are, or are left")

@@ -33,6 +33,7 @@ from ragate_engine.weights import Checkpoint
 Asked = tuple[list[int], SamplingParams]
 Answer = tuple[object, ...]
 KvDtype = Literal["auto", "fp8_e4m3", "fp8_e5m2"]
+Weights = Literal["auto", "packed", "dense"]
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--kv-dtype", choices=get_args(KvDtype), default="auto")
+    parser.add_argument("--weights", choices=get_args(Weights), default="auto")
     parser.add_argument("--out", type=Path, help="write the result here, as JSON")
     args = parser.parse_args(arguments)
     checkpoint = open_model(args.model, args.device)
-    if args.model in SHAPES:
+    if not checkpoint.files:
         checkpoint = _kept(checkpoint)
     asked = requests(checkpoint.config, args.requests)
     bare: list[Answer] = []
     rows: list[dict[str, Any]] = []
     for setting in SETTINGS:
         started = time.perf_counter()
-        answers, usage, cached = _run(checkpoint, setting, asked, args.device, args.kv_dtype)
+        answers, usage, cached = _run(checkpoint, setting, asked, args.device, args.kv_dtype, args.weights)
         bare = bare or answers
         different = [i for i, pair in enumerate(zip(bare, answers, strict=True)) if pair[0] != pair[1]]
         rows.append(
@@ -102,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = result.header(args.device) | {
         "model": args.model,
         "kv_dtype": args.kv_dtype,
+        "weights": args.weights,
         "requests": len(asked),
         "tokens": sum(params.max_tokens for _, params in asked),
         "settings": rows,
@@ -136,7 +139,12 @@ def requests(config: ModelConfig, count: int = 200) -> list[Asked]:
 
 
 def _run(
-    checkpoint: Checkpoint, setting: Setting, asked: list[Asked], device: str, kv_dtype: KvDtype
+    checkpoint: Checkpoint,
+    setting: Setting,
+    asked: list[Asked],
+    device: str,
+    kv_dtype: KvDtype,
+    weights: Weights,
 ) -> tuple[list[Answer], Usage, int]:
     """Answers, counters, and the prompt tokens that came from the prefix cache in the last pass."""
     lengths = [len(prompt) + params.max_tokens for prompt, params in asked]
@@ -150,6 +158,7 @@ def _run(
         cuda_graphs=setting.cuda_graphs,
         overlap=setting.overlap,
         kv_dtype=kv_dtype,
+        weights=weights,
         kv_bytes=slots * token_bytes(checkpoint.config, device, kv_dtype),
     )
     with Engine(checkpoint, config) as engine:

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ragate_engine.config import ModelConfig, RopeConfig
 from ragate_engine.errors import ModelFileError
+from ragate_engine.quant.tensor import QuantTensor
 from ragate_engine.weights import Checkpoint, names, open_checkpoint
 
 LLAMA_8B = ModelConfig(
@@ -72,13 +74,34 @@ TINY = ModelConfig(
 SHAPES = {"8b": LLAMA_8B, "1.5b": QWEN_1_5B, "135m": SMOL_135M, "tiny": TINY}
 """Llama-3-8B, Qwen2.5-1.5B, SmolLM2-135M, and one for tests."""
 
+
+class Quantized(NamedTuple):
+    """A kind of quantized weights: bits, group, what stands beside a scale; the same of the tensors that a mix keeps
+    finer; bytes a weight in files of this kind; whether the head is quantized too."""
+
+    bits: int
+    group: int
+    beside: str
+    finer: tuple[int, int, str] | None
+    size: float
+    head: bool
+
+
+QUANTIZED = {
+    "int4": Quantized(4, 128, "zero", None, 0.5 + 2.5 / 128, head=False),
+    "q4_k_m": Quantized(4, 32, "offset", (6, 16, "nothing"), 4.85 / 8, head=True),
+    "q6_k": Quantized(6, 16, "nothing", None, 210 / 256, head=True),
+    "q8_0": Quantized(8, 32, "nothing", None, 34 / 32, head=True),
+}
+"""By the end of a name such as `8b-int4`: AWQ or GPTQ at 4 bits, and three mixes of GGUF."""
 SHARD_BYTES = 4 << 30
 
 
 def open_model(model: str, device: str, seed: int = 0) -> Checkpoint:
     """A checkpoint by the name of a shape (random weights on `device`), or by the path of a model on disk."""
-    if model in SHAPES:
-        return random_checkpoint(SHAPES[model], seed, device)
+    shape, _, kind = model.partition("-")
+    if shape in SHAPES and (not kind or kind in QUANTIZED):
+        return random_checkpoint(SHAPES[shape], seed, device, kind or None)
     if not Path(model).exists():
         raise SystemExit(f"{model} is neither a model on disk nor one of {', '.join(SHAPES)}")
     try:
@@ -87,16 +110,56 @@ def open_model(model: str, device: str, seed: int = 0) -> Checkpoint:
         raise SystemExit(str(error)) from error
 
 
-def random_checkpoint(config: ModelConfig, seed: int = 0, device: str = "cpu") -> Checkpoint:
-    """bfloat16 weights drawn on `device` when they are asked for; a tensor depends on its name and `seed` alone.
+def random_checkpoint(
+    config: ModelConfig, seed: int = 0, device: str = "cpu", quantized: str | None = None
+) -> Checkpoint:
+    """Weights drawn on `device` when they are asked for; a tensor depends on its name, kind and `seed` alone.
 
-    Matrices are normal with variance 1 / fan-in, so that activations keep their size from layer to layer.
+    Matrices have variance 1 / fan-in, so that activations keep their size from layer to layer: normal in bfloat16, or
+    of uniform codes where they are `quantized` (a name in `QUANTIZED`).
     """
-    tensors: dict[str, Callable[[], torch.Tensor]] = {
+    tensors: dict[str, Callable[[], torch.Tensor | QuantTensor]] = {
         name: partial(_draw, name, shape, seed, device) for name, shape in names.expected(config).items()
     }
+    if quantized is not None:
+        for name, kind in _kinds(config, QUANTIZED[quantized]).items():
+            tensors[name] = partial(_draw_codes, name, names.expected(config)[name], seed, device, *kind)
     path = Path(f"random-{config.arch}-{seed}")
-    return Checkpoint(path, config, None, tensors, "bfloat16", files=())
+    return Checkpoint(path, config, None, tensors, quantized or "bfloat16", files=())
+
+
+def _kinds(config: ModelConfig, quantized: Quantized) -> dict[str, tuple[int, int, str]]:
+    """Bits, group and what stands beside a scale, of each tensor that is quantized."""
+    plain = (quantized.bits, quantized.group, quantized.beside)
+    found = {}
+    for name, shape in names.expected(config).items():
+        layer, _, leaf = name.removeprefix("layers.").partition(".")
+        if len(shape) != 2 or (not leaf and not quantized.head) or shape[-1] % quantized.group:
+            continue
+        # llama.cpp keeps v and down finer in the first and last eighth of the layers and in each third between
+        i, n = int(layer) if leaf else 0, config.num_layers
+        fine = not leaf or (
+            leaf in ("v", "down") and (i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2)
+        )
+        found[name] = quantized.finer if quantized.finer is not None and fine else plain
+    return found
+
+
+def _draw_codes(
+    name: str, shape: tuple[int, ...], seed: int, device: str, bits: int, group: int, beside: str
+) -> QuantTensor:
+    number = int.from_bytes(blake2b(f"{seed} {name}".encode(), digest_size=7).digest())
+    generator = torch.Generator(device).manual_seed(number)
+    middle = 1 << bits - 1
+    codes = torch.randint(0, 2 * middle, shape, generator=generator, dtype=torch.uint8, device=device)
+    # uniform codes have a deviation of 2 ** bits / sqrt(12)
+    scales = torch.rand((shape[0], shape[1] // group), generator=generator, device=device) * 0.4 + 0.8
+    scales *= shape[1] ** -0.5 * 12**0.5 / (2 * middle)
+    if beside == "nothing":
+        signed = (codes.to(torch.int16) - middle).to(torch.int8)
+        return QuantTensor(bits, group, signed, scales, None, (shape[0], shape[1]))
+    offsets = -middle * scales if beside == "zero" else -(middle - 0.5) * scales
+    return QuantTensor(bits, group, codes, scales, offsets, (shape[0], shape[1]))
 
 
 def _draw(name: str, shape: tuple[int, ...], seed: int, device: str) -> torch.Tensor:

@@ -60,13 +60,24 @@ class Need:
         return replace(self, weights=0, rope=0)
 
 
+def packed_bytes(model: ModelConfig, file_bytes: int) -> int:
+    """What the weights of a quantized file take, kept packed: scales in other words, and a dense embedding."""
+    return file_bytes * 9 // 8 + 2 * model.vocab_size * model.hidden_size
+
+
 def need_of(
-    model: ModelConfig, parameters: int, config: EngineConfig, item_bytes: int, block: int, parts: int
+    model: ModelConfig,
+    parameters: int,
+    config: EngineConfig,
+    item_bytes: int,
+    block: int,
+    parts: int,
+    packed: int | None = None,
 ) -> Need:
     """What serving `model` with `config` takes of a card.
 
-    `item_bytes` is of a weight, each of which is held once and dense; `block` as in `Need`; `parts` is how many
-    partial results of attention there is room for.
+    `item_bytes` is of a weight, each of which is held once and dense, unless they are `packed` into so many bytes;
+    `block` as in `Need`; `parts` is how many partial results of attention there is room for.
     """
     rows = config.max_step_tokens or CARD_STEP_TOKENS
     batch = config.max_batch or CARD_BATCH
@@ -78,7 +89,7 @@ def need_of(
     window = min(config.max_len or MAX_LEN, model.max_len)
     tables = 4 * batch * -(-min(window, TABLE_TOKENS) // BLOCK_SIZE)
     return Need(
-        weights=parameters * item_bytes,
+        weights=parameters * item_bytes if packed is None else packed,
         parameters=parameters,
         workspace=activations + partials + logits + tables,
         graphs=activations + GRAPHS if config.cuda_graphs else 0,
@@ -87,6 +98,7 @@ def need_of(
         rope=4 * model.head_dim * (1 if model.local_rope is None else 2),
         max_batch=batch,
         kv=config.kv_bytes,
+        keeps_packed=packed is not None,
     )
 
 

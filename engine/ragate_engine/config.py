@@ -116,13 +116,14 @@ _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "kv_dtype": ("auto", "fp8_e4m3", "fp8_e5m2"),
+    "weights": ("auto", "packed", "dense"),
     "kernels": ("auto", "reference"),
 }
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How to run a model. Only device, dtype, kv_dtype and kernels may change an output bit."""
+    """How to run a model. Only device, dtype, kv_dtype, weights and kernels may change an output bit."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -138,6 +139,9 @@ class EngineConfig:
     """Bytes for KV blocks; `None` is 2 GiB on a CPU, most of the free memory on a card."""
     kv_dtype: Literal["auto", "fp8_e4m3", "fp8_e5m2"] = "auto"
     """`auto` keeps K and V in `dtype`. The 8-bit floats, on a card only, hold twice the tokens."""
+    weights: Literal["auto", "packed", "dense"] = "auto"
+    """Quantized weights on a card: `packed` keeps their codes, which takes a quarter of the memory at 4 bits, and
+    multiplies with them rounded to bfloat16 once; `dense` unpacks them at the start. `auto` is `dense`."""
     prefix_cache: bool = True
     cuda_graphs: bool = True
     """Replay the launches of a step as one graph (on a card)."""

@@ -162,10 +162,11 @@ class Engine:
     def describe(self) -> dict[str, str]:
         """What decides the output bits, field by field, for a fingerprint."""
         kv = "" if self.config.kv_dtype == "auto" else f", KV {self.config.kv_dtype}"
+        packed = ", packed weights" if self._runner.decoder.quantized_kinds() else ""
         return {
             "engine": VERSION,
             "backend": self._runner.backend,
-            "dtype": str(self._runner.dtype).removeprefix("torch.") + kv,
+            "dtype": str(self._runner.dtype).removeprefix("torch.") + packed + kv,
             "arch": self._checkpoint.config.arch,
             "weights": self._checkpoint.identity,
             "quantization": self._checkpoint.quantization,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,17 @@ def dense(weight: Weight, dtype: torch.dtype, device: torch.device) -> torch.Ten
     return weight.to(device=device, dtype=dtype)
 
 
+def packed(
+    weights: list[Weight], kernels: ModuleType, device: torch.device, gated: bool = False
+) -> tuple[Any, ...] | None:
+    """`weights` as the kernels' quantized product reads them; `None` where one is dense or no kernel takes it."""
+    quantized = [weight for weight in weights if isinstance(weight, QuantTensor)]
+    if len(quantized) < len(weights) or not hasattr(kernels, "pack_quantized"):
+        return None
+    parts: tuple[Any, ...] | None = kernels.pack_quantized([weight.to(device) for weight in quantized], gated)
+    return parts
+
+
 class Linear:
     """One or more weights [out_i, in] stacked into one product: q, k and v are read once."""
 
@@ -32,13 +44,17 @@ class Linear:
         kernels: ModuleType,
         dtype: torch.dtype,
         device: torch.device,
+        keep: bool = False,
     ) -> None:
-        stacked = (
-            torch.cat([dense(w, dtype, device) for w in weights])
-            if len(weights) > 1
-            else dense(weights[0], dtype, device)
-        )
-        self.packed = kernels.pack_linear(stacked)
+        """`keep`: quantized weights stay packed where the kernels take them."""
+        self.parts = packed(weights, kernels, device) if keep else None
+        if self.parts is None:
+            stacked = (
+                torch.cat([dense(w, dtype, device) for w in weights])
+                if len(weights) > 1
+                else dense(weights[0], dtype, device)
+            )
+            self.packed = kernels.pack_linear(stacked)
         self.bias = torch.cat([b.to(device=device, dtype=dtype) for b in biases]) if biases else None
         self.kernels = kernels
 
@@ -50,10 +66,19 @@ class Linear:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[M, in] -> [M, sum of out] (in `out` if given), in float32 when `wide`; `rows` as in `StepInputs`."""
+        if self.parts is not None:
+            y: torch.Tensor = self.kernels.quantized(x, self.parts, self.bias, wide, None, rows, out)
+            return y
         if out is not None:
             return self.kernels.linear(x, self.packed, self.bias, wide, rows, out)  # type: ignore[no-any-return]
-        y: torch.Tensor = self.kernels.linear(x, self.packed, self.bias, wide, rows)
+        y = self.kernels.linear(x, self.packed, self.bias, wide, rows)
         return y
+
+    def weight(self) -> torch.Tensor:
+        """The stacked weights [sum of out, in] of a backend that keeps them in rows."""
+        if self.parts is not None:
+            return self.kernels.unpack_quantized(self.parts)  # type: ignore[no-any-return]
+        return self.packed.weight  # type: ignore[no-any-return]
 
 
 class Gated:
@@ -67,14 +92,22 @@ class Gated:
         kernels: ModuleType,
         dtype: torch.dtype,
         device: torch.device,
+        keep: bool = False,
     ) -> None:
-        self.packed = kernels.pack_gated(dense(gate, dtype, device), dense(up, dtype, device))
+        """`keep` as in `Linear`."""
+        self.parts = packed([gate, up], kernels, device, gated=True) if keep else None
+        if self.parts is None:
+            self.packed = kernels.pack_gated(dense(gate, dtype, device), dense(up, dtype, device))
         self.activation = activation
         self.kernels = kernels
 
     def __call__(self, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         """[M, in] -> [M, out]."""
-        y: torch.Tensor = self.kernels.gated(x, self.packed, self.activation, rows)
+        y: torch.Tensor
+        if self.parts is not None:
+            y = self.kernels.quantized(x, self.parts, None, False, self.activation, rows)
+        else:
+            y = self.kernels.gated(x, self.packed, self.activation, rows)
         return y
 
 

@@ -11,6 +11,7 @@ from ragate_engine.config import ModelConfig
 from ragate_engine.kernels import HeadShape, LayerKV, StepInputs
 from ragate_engine.kv import KVCache
 from ragate_engine.layers import Embedding, Gated, Linear, Weight, dense, rope_tables
+from ragate_engine.quant.tensor import QuantTensor
 
 Load = Callable[[str], Weight]
 Tables = tuple[torch.Tensor, torch.Tensor]
@@ -28,6 +29,7 @@ class Layer:
         kernels: ModuleType,
         dtype: torch.dtype,
         device: torch.device,
+        keep: bool,
     ) -> None:
         def weight(name: str) -> Weight:
             return load(f"layers.{index}.{name}")
@@ -37,13 +39,13 @@ class Layer:
 
         def linear(*names: str, bias: bool = False) -> Linear:
             biases = [vector(f"{name}_bias") for name in names] if bias else []
-            return Linear([weight(name) for name in names], biases, kernels, dtype, device)
+            return Linear([weight(name) for name in names], biases, kernels, dtype, device, keep)
 
         self.kernels = kernels
         self.config = config
         self.qkv = linear("q", "k", "v", bias=config.qkv_bias)
         self.o = linear("o")
-        self.gated = Gated(weight("gate"), weight("up"), config.activation, kernels, dtype, device)
+        self.gated = Gated(weight("gate"), weight("up"), config.activation, kernels, dtype, device, keep)
         self.down = linear("down")
         self.attn_norm, self.mlp_norm = vector("attn_norm"), vector("mlp_norm")
         self.q_norm = vector("q_norm") if config.qk_norm else None
@@ -84,7 +86,7 @@ class Layer:
         """
         shape = self.shape
         gain = self.attn_norm.float()
-        size = (self.qkv.packed.weight.float() * gain).norm(dim=1) * 6
+        size = (self.qkv.weight().float() * gain).norm(dim=1) * 6
         if self.qkv.bias is not None:
             size = size + self.qkv.bias.float().abs()
         heads = size.view(-1, shape.head_dim).amax(1)
@@ -106,21 +108,33 @@ class Decoder:
         device: torch.device,
         max_len: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        keep: bool = False,
     ) -> None:
+        """`keep`: quantized weights stay packed where the kernels have a product for them."""
         self.config = config
         self.kernels = kernels
         ropes = {config.rope_of(i) for i in range(config.num_layers)}
         tables = {rope: rope_tables(rope, config.head_dim, max_len, device) for rope in ropes}
         self.layers: list[Layer] = []
         for i in range(config.num_layers):
-            self.layers.append(Layer(i, config, load, tables[config.rope_of(i)], kernels, dtype, device))
+            self.layers.append(
+                Layer(i, config, load, tables[config.rope_of(i)], kernels, dtype, device, keep)
+            )
             progress(i + 1, config.num_layers + 1)
-        self.embedding = Embedding(load("embed"), config.embed_scale, kernels, dtype, device)
+        table = load("embed")
+        self.embedding = Embedding(table, config.embed_scale, kernels, dtype, device)
         self.final_norm = dense(load("final_norm"), dtype, device).contiguous()
         # a dense table is the head too where they are tied; a packed one (on a CPU) is unpacked for it
-        table = self.embedding.weight if config.tie_embeddings else load("lm_head")
-        self.head = Linear([table], [], kernels, dtype, device)
+        tied = table if keep and isinstance(table, QuantTensor) else self.embedding.weight
+        head = tied if config.tie_embeddings else load("lm_head")
+        self.head = Linear([head], [], kernels, dtype, device, keep)
         progress(config.num_layers + 1, config.num_layers + 1)
+
+    def quantized_kinds(self) -> set[tuple[int, int, bool, bool]]:
+        """Bits, group, whether there are offsets, and whether it is a gated pair, of the products that stay packed."""
+        products = [p for layer in self.layers for p in (layer.qkv, layer.o, layer.gated, layer.down)]
+        parts = [part for product in [*products, self.head] for part in product.parts or ()]
+        return {(part.bits, part.group, part.kind > 0, part.gated) for part in parts}
 
     def kv_ranges(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """`Layer.kv_range` of every layer."""

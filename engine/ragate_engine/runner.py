@@ -18,7 +18,7 @@ from ragate_engine.kernels.fallback import checked
 from ragate_engine.kv import KVCache, block_bytes
 from ragate_engine.model import Decoder
 from ragate_engine.steps import HostSteps, Steps
-from ragate_engine.trial import run_steps
+from ragate_engine.trial import run_steps, try_quantized
 from ragate_engine.weights import Checkpoint
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class Runner:
         self.overlap = on_card if config.overlap is None else config.overlap
         """Whether a step is launched before the last one is read."""
         self.device_name = "the CPU"
+        self.keeps_packed = False
+        """Whether quantized weights are asked to stay packed."""
         self._compiler: AheadCompiler | None = None
         model = checkpoint.config
         self.vocab_size = model.vocab_size
@@ -106,8 +108,18 @@ class Runner:
             parts = MAX_PARTS
         here = card()
         self.device_name = here.name
+        self.keeps_packed = own and config.weights == "packed" and self.dtype == torch.bfloat16
+        packed = None
+        if self.keeps_packed:
+            packed = budget.packed_bytes(model, sum(file.stat().st_size for file in checkpoint.files))
         need = budget.need_of(
-            model, checkpoint.parameters, config, self.dtype.itemsize, block_bytes(model, kv_dtype), parts
+            model,
+            checkpoint.parameters,
+            config,
+            self.dtype.itemsize,
+            block_bytes(model, kv_dtype),
+            parts,
+            packed,
         )
         # refused before a byte is read; a window longer than the pool is cut to it
         self.max_len = min(need.window, budget.kv_blocks(here, need) * BLOCK_SIZE)
@@ -153,7 +165,14 @@ class Runner:
         try:
             with checkpoint.stream(self.device) as load:
                 return Decoder(
-                    checkpoint.config, load, self.kernels, self.dtype, self.device, self.max_len, progress
+                    checkpoint.config,
+                    load,
+                    self.kernels,
+                    self.dtype,
+                    self.device,
+                    self.max_len,
+                    progress,
+                    self.keeps_packed,
                 )
         except torch.OutOfMemoryError as e:
             raise OutOfMemoryError(
@@ -179,7 +198,11 @@ class Runner:
         return CardSteps(decoder, kv, max_batch, max_step_tokens, max_len, self.config)
 
     def _trial(self, model: ModelConfig) -> Callable[[ModuleType, Mapping[str, str]], None]:
+        kinds = self.decoder.quantized_kinds()
+
         def trial(ops: ModuleType, fell: Mapping[str, str]) -> None:
+            if "quantized" not in fell:
+                try_quantized(ops, kinds, self.device)
             run_steps(
                 model,
                 ops,

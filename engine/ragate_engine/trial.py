@@ -5,7 +5,7 @@ It compiles the kernels that serving will call and shows which of them do not (`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from types import ModuleType
@@ -17,6 +17,7 @@ from ragate_engine.config import BLOCK_SIZE, ModelConfig
 from ragate_engine.devices import ALONE
 from ragate_engine.kv import KVCache
 from ragate_engine.model import Decoder
+from ragate_engine.quant.tensor import QuantTensor
 from ragate_engine.request import Completion, Request, Row, SamplingParams, Status, StepPlan
 from ragate_engine.steps import Steps
 from ragate_engine.weights import names
@@ -38,6 +39,25 @@ def small_model(model: ModelConfig) -> ModelConfig:
         window_layers=tuple(windows) if model.window is not None else (),
         vocab_size=min(model.vocab_size, VOCAB),
     )
+
+
+def try_quantized(
+    ops: ModuleType, kinds: Collection[tuple[int, int, bool, bool]], device: torch.device
+) -> None:
+    """One product each of packed weights of `kinds` (`Decoder.quantized_kinds`), in the trial's numbers of rows.
+
+    Raises whatever the operation raises.
+    """
+    for bits, group, offsets, gated in kinds:
+        width = max(group, 64)
+        scales = torch.full((16, width // group), 1e-2, device=device)
+        codes = torch.ones(16, width, dtype=torch.int8, device=device)
+        beside = scales / 3 if offsets else None
+        weight = QuantTensor(bits, group, codes, scales, beside, (16, width))
+        parts = ops.pack_quantized([weight] * (2 if gated else 1), gated)
+        for rows in ROWS:
+            x = torch.ones(rows, width, dtype=torch.bfloat16, device=device)
+            ops.quantized(x, parts, None, False, "silu" if gated else None)
 
 
 def run_steps(

@@ -19,6 +19,8 @@ from ragate_engine.steps import HostSteps
 from ragate_engine.trial import run_steps, small_model
 
 CPU = torch.device("cpu")
+PLAIN = {family: names for family, names in FAMILIES.items() if family != "quantized"}
+"""What every backend has, the reference too."""
 TINY = ModelConfig("llama", 48, 32, 40, 7, 4, 2, 16, 64)
 
 
@@ -52,13 +54,13 @@ def test_a_backend_that_compiles_is_used_as_it_is() -> None:
     found = checked(fast, reference, trial)
     assert (found.name, found.fell) == ("fast-1", {})
     assert all(
-        getattr(found.ops, name) is getattr(fast, name) for names in FAMILIES.values() for name in names
+        getattr(found.ops, name) is getattr(fast, name) for names in PLAIN.values() for name in names
     )
 
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [(family, name) for family, names in FAMILIES.items() for name in names],
+    [(family, name) for family, names in PLAIN.items() for name in names],
     ids=lambda value: value,
 )
 def test_whichever_kernel_does_not_compile_its_family_falls_back_alone(family: str, name: str) -> None:
@@ -66,10 +68,24 @@ def test_whichever_kernel_does_not_compile_its_family_falls_back_alone(family: s
     found = checked(fast, reference, trial)
     assert found.name == f"fast-1 ({family}: reference)"
     assert found.fell == {family: "CompilationError: at 12:8: no such layout"}
-    for other, names in FAMILIES.items():
+    for other, names in PLAIN.items():
         source = reference if other == family else fast
         assert all(getattr(found.ops, op) is getattr(source, op) for op in names)
     trial(found.ops, found.fell)
+
+
+def test_a_product_of_packed_weights_that_does_not_compile_is_gone_and_they_are_unpacked() -> None:
+    fast = backend("quantized")
+    fast.__dict__["pack_quantized"] = lambda weights, gated: (weights, gated)
+
+    def with_packed(ops: ModuleType, fell: Mapping[str, str]) -> None:
+        if hasattr(ops, "pack_quantized"):
+            ops.quantized(ops.pack_quantized([], False))
+        trial(ops, fell)
+
+    found = checked(fast, reference, with_packed)
+    assert found.name == "fast-1 (quantized: reference)"
+    assert not hasattr(found.ops, "pack_quantized") and not hasattr(found.ops, "quantized")
 
 
 def test_several_kernels_may_fall_and_are_named_in_order() -> None:

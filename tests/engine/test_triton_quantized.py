@@ -13,6 +13,7 @@ from ragate_engine.kernels.triton.quantized import (
     OFFSET,
     PLANES,
     ZERO,
+    PackedQuant,
     Tile,
     _instructions,
     _pair,
@@ -20,12 +21,21 @@ from ragate_engine.kernels.triton.quantized import (
     pack_quantized,
     packable,
     product,
+    quantized,
+    unpack_quantized,
 )
 from ragate_engine.quant.tensor import QuantTensor
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu checks the compiled kernels")
 TILES = [Tile(16, 64, 4, 2), Tile(32, 128, 4, 2)]
 BESIDE = {"nothing": CONSTANT, "zero": ZERO, "offset": OFFSET}
+
+
+def packed_of(weights: list[QuantTensor], gated: bool = False) -> PackedQuant:
+    """The one part of weights that are alike."""
+    parts = pack_quantized(weights, gated)
+    assert parts is not None and len(parts) == 1
+    return parts[0]
 
 
 def half_scales(weight: QuantTensor) -> torch.Tensor:
@@ -55,7 +65,7 @@ def test_what_is_packed_is_the_weight_rounded_once(kind: Kind, width: int) -> No
     if kind.group and width % kind.group:
         width = 3 * kind.group
     weight = random_weight(kind, 48, width)
-    packed = pack_quantized([weight])
+    packed = packed_of([weight])
     assert packed.kind == BESIDE[kind.beside]
     expected = half_scales(weight)
     if weight.order is not None:
@@ -65,7 +75,7 @@ def test_what_is_packed_is_the_weight_rounded_once(kind: Kind, width: int) -> No
 
 @pytest.mark.parametrize("bits", PLANES)
 def test_words_hold_the_codes_and_little_else(bits: int) -> None:
-    packed = pack_quantized([random_weight(Kind(bits, 128, "zero"), 32, 1024)])
+    packed = packed_of([random_weight(Kind(bits, 128, "zero"), 32, 1024)])
     held = packed.low.nbytes + (packed.high.nbytes if packed.high is not None else 0)
     assert held == 32 * 1024 * bits // 8
 
@@ -79,7 +89,7 @@ def test_every_kind_gives_the_product(kind: Kind) -> None:
     bias = torch.randn(80).bfloat16()
     expected = x.double() @ half_scales(weight).T + bias.double()
     for tile in TILES:
-        found = product(x, pack_quantized([weight]), bias, True, None, None, tile=tile)
+        found = product(x, packed_of([weight]), bias, True, None, None, tile=tile)
         assert torch.allclose(found.double(), expected, atol=1e-4), tile
 
 
@@ -92,7 +102,7 @@ def test_gate_and_up_meet(kind: Kind, activation: str) -> None:
     g, u = (x.double() @ half_scales(w).T for w in (gate, up))
     expected = (F.silu(g) if activation == "silu" else F.gelu(g, approximate="tanh")) * u
     for tile in TILES:
-        found = product(x, pack_quantized([gate, up], gated=True), None, False, activation, None, tile=tile)
+        found = product(x, packed_of([gate, up], gated=True), None, False, activation, None, tile=tile)
         assert torch.allclose(found.double(), expected, atol=1e-2, rtol=1e-2), tile
 
 
@@ -103,16 +113,33 @@ def test_rows_past_the_count_and_columns_of_others_stay_as_they_are() -> None:
     x[25:] = float("nan")
     y = torch.full((40, 64), 7.0)
     count = torch.tensor([25], dtype=torch.int32)
-    product(x, pack_quantized(weights), None, True, None, count, y[:, 8:56], TILES[0])
+    product(x, packed_of(weights), None, True, None, count, y[:, 8:56], TILES[0])
     expected = x[:25].double() @ torch.cat([half_scales(w) for w in weights]).T
     assert torch.allclose(y[:25, 8:56].double(), expected, atol=1e-4)
     y[:25, 8:56] = 7.0
     assert torch.equal(y, torch.full((40, 64), 7.0))
 
 
-def test_weights_of_two_kinds_are_no_product() -> None:
-    with pytest.raises(ValueError, match="one number of bits and one group size"):
-        pack_quantized([random_weight(Kind(4, 32), 16, 64), random_weight(Kind(8, 32), 16, 64)])
+def test_weights_of_several_kinds_are_parts_of_one_product() -> None:
+    kinds = [Kind(4, 32, "offset"), Kind(4, 32, "offset"), Kind(6, 16), Kind(4, 64, "zero", ordered=True)]
+    weights = [random_weight(kind, 16 * (i + 1), 128, i) for i, kind in enumerate(kinds)]
+    parts = pack_quantized(weights)
+    assert parts is not None
+    assert [part.low.shape[0] for part in parts] == [48, 48, 64]
+    exact = torch.cat([half_scales(weight) for weight in weights])
+    assert torch.equal(unpack_quantized(parts), exact.bfloat16())
+    x, bias = torch.randn(5, 128).bfloat16(), torch.randn(160).bfloat16()
+    if not torch.cuda.is_available():
+        found = quantized(x, parts, bias, wide=True)
+        assert torch.allclose(found.double(), x.double() @ exact.T + bias.double(), atol=1e-4)
+
+
+def test_a_gated_pair_of_two_kinds_and_what_the_kernel_does_not_take_stay_unpacked() -> None:
+    assert (
+        pack_quantized([random_weight(Kind(4, 32), 16, 64), random_weight(Kind(8, 32), 16, 64)], gated=True)
+        is None
+    )
+    assert pack_quantized([random_weight(Kind(4, 32), 16, 64), random_weight(Kind(4, 8), 16, 64)]) is None
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def tiles() -> list[Tile]:
 def test_a_quantized_product_has_the_bits_of_the_plain_one(kind) -> None:
     width = 1536 if kind.group in (0, 128) else 1152
     weight = cases.random_weight(kind, 704, width).to(CARD)
-    packed = pack_quantized([weight])
+    packed = pack_quantized([weight])[0]
     dense = Packed(dequantize(packed))
     bias = torch.randn(704, device=CARD).to(BF16)
     x = torch.randn(max(ROWS), width, device=CARD).to(BF16)
@@ -70,8 +70,8 @@ def test_a_quantized_product_has_the_bits_of_the_plain_one(kind) -> None:
 )
 def test_a_quantized_gated_pair_has_the_bits_of_the_plain_one(kind, activation: str) -> None:
     pair = [cases.random_weight(kind, 1536, 1024, seed).to(CARD) for seed in (1, 2)]
-    packed = pack_quantized(pair, gated=True)
-    dense = pack_gated(*(dequantize(pack_quantized([weight])) for weight in pair))
+    packed = pack_quantized(pair, gated=True)[0]
+    dense = pack_gated(*(dequantize(pack_quantized([weight])[0]) for weight in pair))
     x = torch.randn(300, 1024, device=CARD).to(BF16)
     expected = plain(x, dense, None, False, activation, None)
     for tile in tiles():
@@ -80,7 +80,7 @@ def test_a_quantized_gated_pair_has_the_bits_of_the_plain_one(kind, activation: 
 
 def test_rows_past_the_count_and_columns_of_others_stay_as_they_are() -> None:
     weight = cases.random_weight(cases.Kind(4, 128, "zero"), 512, 1024).to(CARD)
-    packed = pack_quantized([weight])
+    packed = pack_quantized([weight])[0]
     x = torch.randn(256, 1024, device=CARD).to(BF16)
     expected = product(x, packed, None, False, None, None)
     for count in (0, 1, 100, 256):

@@ -19,6 +19,7 @@ from ragate_engine.errors import EngineError
 FAMILIES: dict[str, tuple[str, ...]] = {
     "linear": ("pack_linear", "linear"),
     "gated": ("pack_gated", "gated"),
+    "quantized": ("pack_quantized", "quantized"),
     "embed": ("embed",),
     "norm": ("rms_norm", "last_norm"),
     "attention": ("make_kv", "rope_write_kv", "plan_attention", "attention"),
@@ -99,8 +100,10 @@ def _composed(
     ops.__dict__.update({name: value for name, value in vars(backend).items() if not name.startswith("__")})
     for family, names in FAMILIES.items():
         for name in names:
-            if family in fell:
+            if family in fell and hasattr(reference, name):
                 ops.__dict__[name] = getattr(reference, name)
+            elif family in fell:
+                ops.__dict__.pop(name, None)  # then weights are unpacked for the plain product
             elif watched and hasattr(backend, name):
                 ops.__dict__[name] = _watched(getattr(backend, name), family)
     return ops

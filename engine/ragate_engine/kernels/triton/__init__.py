@@ -5,6 +5,7 @@ from __future__ import annotations
 from ragate_engine.kernels.triton.attention import attention, make_kv
 from ragate_engine.kernels.triton.linear import gated, linear, pack_gated, pack_linear
 from ragate_engine.kernels.triton.pick import likeliest, pick
+from ragate_engine.kernels.triton.quantized import pack_quantized, quantized, unpack_quantized
 from ragate_engine.kernels.triton.rope import rope_write_kv
 from ragate_engine.kernels.triton.rowwise import embed, last_norm, rms_norm
 
@@ -21,7 +22,10 @@ __all__ = [
     "make_kv",
     "pack_gated",
     "pack_linear",
+    "pack_quantized",
     "pick",
+    "quantized",
     "rms_norm",
     "rope_write_kv",
+    "unpack_quantized",
 ]

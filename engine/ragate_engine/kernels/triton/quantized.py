@@ -89,15 +89,37 @@ def blocks_of(bits: int, group: int, kind: int) -> Blocks:
     return Blocks(width, planes, share, groups, max(share, together))
 
 
-def pack_quantized(weights: list[QuantTensor], gated: bool = False) -> PackedQuant:
-    """Prepare weights of one kind, one below the other; the two of a gated pair in turns of 8 rows.
+def pack_quantized(weights: list[QuantTensor], gated: bool = False) -> tuple[PackedQuant, ...] | None:
+    """Prepare weights [out_i, in] for one product, or a gate and an up; `None` where the kernel does not take them.
 
-    Raises ValueError where they differ in bits, group or order of columns.
+    Neighbours of one kind share a part; the parts' columns follow each other in the result.
     """
+    if not all(packable(weight) for weight in weights):
+        return None
+    runs = [[weights[0]]]
+    for weight in weights[1:]:
+        if _alike(runs[-1][0], weight):
+            runs[-1].append(weight)
+        else:
+            runs.append([weight])
+    if gated and len(runs) > 1:
+        return None
+    return tuple(_pack(run, gated) for run in runs)
+
+
+def _alike(one: QuantTensor, other: QuantTensor) -> bool:
+    """Whether one launch can multiply both."""
+    if (one.bits, one.group, one.offsets is None) != (other.bits, other.group, other.offsets is None):
+        return False
+    if one.order is None or other.order is None:
+        return one.order is other.order
+    return torch.equal(one.order, other.order)
+
+
+def _pack(weights: list[QuantTensor], gated: bool) -> PackedQuant:
+    """Weights that are alike, one below the other; the two of a gated pair in turns of 8 rows."""
     first = weights[0]
     bits, group = first.bits, first.group
-    if any((w.bits, w.group, w.offsets is None) != (bits, group, first.offsets is None) for w in weights):
-        raise ValueError("weights of one product have one number of bits and one group size")
     low, high = PLANES[bits]
     signed = 1 << (bits - 1) if first.offsets is None else 0
 
@@ -175,6 +197,17 @@ def dequantize(packed: PackedQuant) -> torch.Tensor:
         else:
             values = codes * scales + beside
     return values.bfloat16()
+
+
+def unpack_quantized(parts: tuple[PackedQuant, ...]) -> torch.Tensor:
+    """The bfloat16 weights [out, in] of a product that is no gated pair, their columns in the order of inputs."""
+    weights = []
+    for part in parts:
+        weight = dequantize(part)
+        if part.order is not None:
+            weight = torch.empty_like(weight).index_copy_(1, part.order, weight)
+        weights.append(weight)
+    return torch.cat(weights)
 
 
 class Tile(NamedTuple):
@@ -425,6 +458,29 @@ def product(
         device.COMPILED, device.PDL, num_warps=tile.warps, **device.launch(),
     )  # fmt: skip
     return y
+
+
+def quantized(
+    x: torch.Tensor,
+    parts: tuple[PackedQuant, ...],
+    bias: torch.Tensor | None,
+    wide: bool = False,
+    activation: str | None = None,
+    rows: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [M, K] -> [M, sum of N] (in `out` if given), in float32 when `wide`; `activation` is of a gated pair."""
+    if len(parts) == 1:
+        return product(x, parts[0], bias, wide, activation, rows, out)
+    if out is None:
+        width = sum(part.low.shape[0] for part in parts)
+        out = torch.empty(len(x), width, dtype=torch.float32 if wide else x.dtype, device=x.device)
+    at = 0
+    for part in parts:
+        end = at + part.low.shape[0]
+        product(x, part, bias[at:end] if bias is not None else None, wide, None, rows, out[:, at:end])
+        at = end
+    return out
 
 
 def per_multiprocessor(tile: Tile) -> int:
