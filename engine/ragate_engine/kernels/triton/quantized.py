@@ -211,12 +211,13 @@ def unpack_quantized(parts: tuple[PackedQuant, ...]) -> torch.Tensor:
 
 
 class Tile(NamedTuple):
-    """Rows and columns of a tile, warps, pipeline stages."""
+    """Rows and columns of a tile, warps, pipeline stages, programs of a multiprocessor."""
 
     rows: int
     columns: int
     warps: int
     stages: int
+    programs: int = 1
 
 
 @triton.constexpr_function
@@ -411,9 +412,9 @@ def _quantized(
 def best_tile(M: int, N: int, gated: bool) -> Tile:
     """The tile for x [M, K] and W [N, K]: it never changes a bit."""
     if M <= 16:
-        return Tile(16, 64, 4, 6)
+        return Tile(16, 64, 4, 6, 4)
     if M <= 64:
-        return Tile(64, 64, 4, 4)
+        return Tile(64, 64, 4, 4, 2)
     return Tile(128, 128, 8, 3)
 
 
@@ -442,7 +443,7 @@ def product(
     words = [tile.columns, walk.width]
     together = walk.groups * walk.chunks if walk.groups > 2 else 0
     gelu = activation is not None and activation != "silu"
-    _quantized[(min(device.programs() * per_multiprocessor(tile), tiles),)](
+    _quantized[(min(device.programs() * tile.programs, tiles),)](
         TensorDescriptor(x, [M, K], [x.stride(0), 1], [tile.rows, walk.planes * walk.width]),
         TensorDescriptor(packed.low, list(packed.low.shape), [packed.low.shape[1], 1], words),
         x if packed.high is None
@@ -481,8 +482,3 @@ def quantized(
         product(x, part, bias[at:end] if bias is not None else None, wide, None, rows, out[:, at:end])
         at = end
     return out
-
-
-def per_multiprocessor(tile: Tile) -> int:
-    """Programs that a multiprocessor has room for."""
-    return 1 if tile.rows > 64 else 3
