@@ -260,21 +260,20 @@ def random_layer(config: ModelConfig) -> dict[str, torch.Tensor]:
     return layer
 
 
-@pytest.mark.parametrize(("config", "folded"), [(MHA, True), (GEMMA, False)])
-def test_scales_are_folded_so_that_the_layer_stays_what_it_was(config: ModelConfig, folded: bool) -> None:
+@pytest.mark.parametrize("config", [MHA, replace(MHA, num_kv_heads=2), GEMMA])
+def test_scales_are_folded_so_that_the_layer_stays_what_it_was(config: ModelConfig) -> None:
     layer, h = random_layer(config), torch.randn(100, 64, generator=torch.Generator().manual_seed(4))
     tables = rope_tables(config.rope, 16, 128, CPU)
     samples = {stage: Sample(layer[leaves[0]].shape[1], 100, CPU) for stage, leaves in STAGES.items()}
     before = run_layer(layer, config, 0, tables, h, lambda stage, x: samples[stage].add(x))
-    fine = SimpleNamespace(
-        bits=8, group_of=lambda width: 8
-    )  # so fine that only a mistake in folding would show
-    plain, linears = awq(layer, samples, fine)  # type: ignore[arg-type]
+    # so fine that only a mistake in folding would show
+    fine = SimpleNamespace(bits=8, group_of=lambda width: 8)
+    plain, linears = awq(layer, samples, fine, 16)  # type: ignore[arg-type]
     after = run_layer(plain | {leaf: q.dequantize() for leaf, q in linears.items()}, config, 0, tables, h)
-    assert float((after - before).norm() / before.norm()) < 0.01
+    assert float((after - before).norm() / before.norm()) < 0.03
     assert not torch.allclose(plain["attn_norm"], layer["attn_norm"], rtol=0.05)
     if config.qkv_bias:
-        assert torch.equal(plain["v_bias"], layer["v_bias"]) is not folded
+        assert not torch.allclose(plain["v_bias"], layer["v_bias"], rtol=0.05)
 
 
 @pytest.mark.parametrize("config", [MHA, GEMMA])
@@ -283,7 +282,7 @@ def test_awq_loses_less_than_rounding(config: ModelConfig) -> None:
     tables = rope_tables(config.rope, 16, 300, CPU)
     samples = {stage: Sample(layer[leaves[0]].shape[1], 300, CPU) for stage, leaves in STAGES.items()}
     exact = run_layer(layer, config, 0, tables, h, lambda stage, x: samples[stage].add(x))
-    plain, linears = awq(layer, samples, Recipe("awq", 4, 32))
+    plain, linears = awq(layer, samples, Recipe("awq", 4, 32), 16)
     found = run_layer(plain | {leaf: q.dequantize() for leaf, q in linears.items()}, config, 0, tables, h)
     rounded = {leaf: rtn(layer[leaf], 4, 32, False).dequantize() for leaf in linears}
     baseline = run_layer(layer | rounded, config, 0, tables, h)

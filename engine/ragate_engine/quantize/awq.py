@@ -61,29 +61,32 @@ class Sample:
 
 
 def awq(
-    weights: Mapping[str, torch.Tensor], samples: Mapping[str, Sample], recipe: Recipe
+    weights: Mapping[str, torch.Tensor], samples: Mapping[str, Sample], recipe: Recipe, head_dim: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, Quantized]]:
     """Quantize a layer's `weights` (float32 by leaf) for the inputs of each stage, `samples`.
 
-    Returns the layer's other tensors, scales folded in, and its linears. The input of `o` is scaled only where
-    each of its channels is a row of `v` (as many KV heads as heads).
+    Returns the layer's other tensors, scales folded in, and its linears. Where several heads share a KV head, so do
+    their channels of the input of `o` share a scale: it is folded into one row of `v`.
     """
     scaled = {leaf: tensor.clone() for leaf, tensor in weights.items()}
     tokens: dict[str, torch.Tensor] = {}
     for stage, leaves in STAGES.items():
-        x = samples[stage].tokens()
         before = [leaf for leaf in FOLDS[stage] if leaf in scaled]
-        if all(len(scaled[leaf]) == x.shape[1] for leaf in before):
-            linears = [scaled[leaf] for leaf in leaves]
-            scales = find_scales(
-                linears, x, samples[stage].magnitude(), recipe.bits, recipe.group_of(x.shape[1])
-            )
-            for linear in linears:
-                linear *= scales
-            for leaf in before:
-                scaled[leaf] /= scales if scaled[leaf].ndim == 1 else scales.unsqueeze(1)
-            x = x / scales
-        tokens[stage] = x
+        size = samples[stage].magnitude()
+        heads = (
+            size.view(-1, size.numel() // len(scaled[before[0]]), head_dim)
+            if stage == "o"
+            else size.view(-1, 1, 1)
+        )
+        size = heads.mean(1, keepdim=True).expand_as(heads).flatten()
+        x, linears = samples[stage].tokens(), [scaled[leaf] for leaf in leaves]
+        scales = find_scales(linears, x, size, recipe.bits, recipe.group_of(x.shape[1]))
+        for linear in linears:
+            linear *= scales
+        folded = scales.view(heads.shape)[:, 0].flatten()
+        for leaf in before:
+            scaled[leaf] /= folded if scaled[leaf].ndim == 1 else folded.unsqueeze(1)
+        tokens[stage] = x / scales
     quantized: dict[str, Quantized] = {}
     for stage, leaves in STAGES.items():
         for leaf in leaves:

@@ -158,7 +158,7 @@ class _Run:
             self._watch(index, weights, hidden, tables, samples)
             for stage, sample in samples.items():
                 self._require_finite(index, stage, sample.magnitude())
-            folded, quantized = awq(weights, samples, self.recipe)
+            folded, quantized = awq(weights, samples, self.recipe, self.config.head_dim)
             plain = {leaf: folded[leaf] if leaf in FOLDED else tensor for leaf, tensor in plain.items()}
         return layer_tensors(self.config, index, self.recipe, plain, quantized)
 
