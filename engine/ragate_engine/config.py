@@ -116,7 +116,7 @@ _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "kv_dtype": ("auto", "fp8_e4m3", "fp8_e5m2"),
-    "weights": ("auto", "packed", "dense"),
+    "weights": ("auto", "packed", "dense", "int8"),
     "kernels": ("auto", "reference"),
 }
 
@@ -139,9 +139,10 @@ class EngineConfig:
     """Bytes for KV blocks; `None` is 2 GiB on a CPU, most of the free memory on a card."""
     kv_dtype: Literal["auto", "fp8_e4m3", "fp8_e5m2"] = "auto"
     """`auto` keeps K and V in `dtype`. The 8-bit floats, on a card only, hold twice the tokens."""
-    weights: Literal["auto", "packed", "dense"] = "auto"
-    """Quantized weights on a card: `packed` keeps their codes, which takes a quarter of the memory at 4 bits, and
-    multiplies with them rounded to bfloat16 once; `dense` unpacks them at the start. `auto` is `dense`."""
+    weights: Literal["auto", "packed", "dense", "int8"] = "auto"
+    """On a card: `packed` keeps the codes of quantized weights, which takes a quarter of the memory at 4 bits, and
+    multiplies with them rounded to bfloat16 once; `dense` unpacks them at the start; `int8` rounds weights and
+    activations, each row by its own scale, and multiplies whole numbers. `auto` is `dense`."""
     prefix_cache: bool = True
     cuda_graphs: bool = True
     """Replay the launches of a step as one graph (on a card)."""

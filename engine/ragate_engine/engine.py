@@ -162,11 +162,12 @@ class Engine:
     def describe(self) -> dict[str, str]:
         """What decides the output bits, field by field, for a fingerprint."""
         kv = "" if self.config.kv_dtype == "auto" else f", KV {self.config.kv_dtype}"
-        packed = ", packed weights" if self._runner.decoder.quantized_kinds() else ""
+        kept = {weights.operation for weights in self._runner.decoder.kept()}
+        products = "".join(f", {name} products" for name in sorted(kept))
         return {
             "engine": VERSION,
             "backend": self._runner.backend,
-            "dtype": str(self._runner.dtype).removeprefix("torch.") + packed + kv,
+            "dtype": str(self._runner.dtype).removeprefix("torch.") + products + kv,
             "arch": self._checkpoint.config.arch,
             "weights": self._checkpoint.identity,
             "quantization": self._checkpoint.quantization,

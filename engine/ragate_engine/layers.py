@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,15 +23,42 @@ def dense(weight: Weight, dtype: torch.dtype, device: torch.device) -> torch.Ten
     return weight.to(device=device, dtype=dtype)
 
 
-def packed(
-    weights: list[Weight], kernels: ModuleType, device: torch.device, gated: bool = False
-) -> tuple[Any, ...] | None:
-    """`weights` as the kernels' quantized product reads them; `None` where one is dense or no kernel takes it."""
-    quantized = [weight for weight in weights if isinstance(weight, QuantTensor)]
-    if len(quantized) < len(weights) or not hasattr(kernels, "pack_quantized"):
+Keep = Literal["dense", "packed", "int8"]
+"""What becomes of weights at the start: unpacked, kept as they are quantized, or rounded for products in int8."""
+
+
+class Kept(NamedTuple):
+    """Weights [out, in] that were not unpacked."""
+
+    operation: str
+    """The kernels' product for them."""
+    weights: Any
+    width: int
+    """in."""
+    activation: str | None
+    """Of a gated pair."""
+
+
+def kept(
+    weights: list[Weight],
+    kernels: ModuleType,
+    device: torch.device,
+    keep: Keep,
+    activation: str | None = None,
+) -> Kept | None:
+    """`weights` as `keep` wants them, for one product (of a gate and an up where there is an `activation`).
+
+    `None` where that is the plain product, or where the kernels do not take them.
+    """
+    if keep == "dense" or not hasattr(kernels, "pack_quantized" if keep == "packed" else "pack_int8"):
         return None
-    parts: tuple[Any, ...] | None = kernels.pack_quantized([weight.to(device) for weight in quantized], gated)
-    return parts
+    placed = [weight.to(device) for weight in weights]
+    found, operation = None, "int8"
+    if keep == "int8":
+        found = kernels.pack_int8(placed, activation is not None)
+    elif all(isinstance(weight, QuantTensor) for weight in placed):
+        found, operation = kernels.pack_quantized(placed, activation is not None), "quantized"
+    return None if found is None else Kept(operation, found, weights[0].shape[1], activation)
 
 
 class Linear:
@@ -44,11 +71,10 @@ class Linear:
         kernels: ModuleType,
         dtype: torch.dtype,
         device: torch.device,
-        keep: bool = False,
+        keep: Keep = "dense",
     ) -> None:
-        """`keep`: quantized weights stay packed where the kernels take them."""
-        self.parts = packed(weights, kernels, device) if keep else None
-        if self.parts is None:
+        self.kept = kept(weights, kernels, device, keep)
+        if self.kept is None:
             stacked = (
                 torch.cat([dense(w, dtype, device) for w in weights])
                 if len(weights) > 1
@@ -66,8 +92,9 @@ class Linear:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[M, in] -> [M, sum of out] (in `out` if given), in float32 when `wide`; `rows` as in `StepInputs`."""
-        if self.parts is not None:
-            y: torch.Tensor = self.kernels.quantized(x, self.parts, self.bias, wide, None, rows, out)
+        if self.kept is not None:
+            multiply = getattr(self.kernels, self.kept.operation)
+            y: torch.Tensor = multiply(x, self.kept.weights, self.bias, None, rows, wide, out)
             return y
         if out is not None:
             return self.kernels.linear(x, self.packed, self.bias, wide, rows, out)  # type: ignore[no-any-return]
@@ -76,8 +103,9 @@ class Linear:
 
     def weight(self) -> torch.Tensor:
         """The stacked weights [sum of out, in] of a backend that keeps them in rows."""
-        if self.parts is not None:
-            return self.kernels.unpack_quantized(self.parts)  # type: ignore[no-any-return]
+        if self.kept is not None:
+            unpack = getattr(self.kernels, f"unpack_{self.kept.operation}")
+            return unpack(self.kept.weights)  # type: ignore[no-any-return]
         return self.packed.weight  # type: ignore[no-any-return]
 
 
@@ -92,20 +120,19 @@ class Gated:
         kernels: ModuleType,
         dtype: torch.dtype,
         device: torch.device,
-        keep: bool = False,
+        keep: Keep = "dense",
     ) -> None:
-        """`keep` as in `Linear`."""
-        self.parts = packed([gate, up], kernels, device, gated=True) if keep else None
-        if self.parts is None:
+        self.kept = kept([gate, up], kernels, device, keep, activation)
+        if self.kept is None:
             self.packed = kernels.pack_gated(dense(gate, dtype, device), dense(up, dtype, device))
         self.activation = activation
         self.kernels = kernels
 
     def __call__(self, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         """[M, in] -> [M, out]."""
-        y: torch.Tensor
-        if self.parts is not None:
-            y = self.kernels.quantized(x, self.parts, None, False, self.activation, rows)
+        if self.kept is not None:
+            multiply = getattr(self.kernels, self.kept.operation)
+            y: torch.Tensor = multiply(x, self.kept.weights, None, self.activation, rows)
         else:
             y = self.kernels.gated(x, self.packed, self.activation, rows)
         return y

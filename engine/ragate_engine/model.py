@@ -10,7 +10,7 @@ import torch
 from ragate_engine.config import ModelConfig
 from ragate_engine.kernels import HeadShape, LayerKV, StepInputs
 from ragate_engine.kv import KVCache
-from ragate_engine.layers import Embedding, Gated, Linear, Weight, dense, rope_tables
+from ragate_engine.layers import Embedding, Gated, Keep, Kept, Linear, Weight, dense, rope_tables
 from ragate_engine.quant.tensor import QuantTensor
 
 Load = Callable[[str], Weight]
@@ -29,7 +29,7 @@ class Layer:
         kernels: ModuleType,
         dtype: torch.dtype,
         device: torch.device,
-        keep: bool,
+        keep: Keep,
     ) -> None:
         def weight(name: str) -> Weight:
             return load(f"layers.{index}.{name}")
@@ -108,9 +108,9 @@ class Decoder:
         device: torch.device,
         max_len: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
-        keep: bool = False,
+        keep: Keep = "dense",
     ) -> None:
-        """`keep`: quantized weights stay packed where the kernels have a product for them."""
+        """`keep`: how weights stay where the kernels have a product for them; the head is never in int8."""
         self.config = config
         self.kernels = kernels
         ropes = {config.rope_of(i) for i in range(config.num_layers)}
@@ -125,16 +125,16 @@ class Decoder:
         self.embedding = Embedding(table, config.embed_scale, kernels, dtype, device)
         self.final_norm = dense(load("final_norm"), dtype, device).contiguous()
         # a dense table is the head too where they are tied; a packed one (on a CPU) is unpacked for it
-        tied = table if keep and isinstance(table, QuantTensor) else self.embedding.weight
+        head_keep: Keep = "packed" if keep == "packed" else "dense"
+        tied = table if keep == "packed" and isinstance(table, QuantTensor) else self.embedding.weight
         head = tied if config.tie_embeddings else load("lm_head")
-        self.head = Linear([head], [], kernels, dtype, device, keep)
+        self.head = Linear([head], [], kernels, dtype, device, head_keep)
         progress(config.num_layers + 1, config.num_layers + 1)
 
-    def quantized_kinds(self) -> set[tuple[int, int, bool, bool]]:
-        """Bits, group, whether there are offsets, and whether it is a gated pair, of the products that stay packed."""
+    def kept(self) -> list[Kept]:
+        """The weights that were not unpacked."""
         products = [p for layer in self.layers for p in (layer.qkv, layer.o, layer.gated, layer.down)]
-        parts = [part for product in [*products, self.head] for part in product.parts or ()]
-        return {(part.bits, part.group, part.kind > 0, part.gated) for part in parts}
+        return [product.kept for product in [*products, self.head] if product.kept is not None]
 
     def kv_ranges(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """`Layer.kv_range` of every layer."""

@@ -16,9 +16,10 @@ from ragate_engine.errors import ConfigError, OutOfMemoryError, PromptTooLongErr
 from ragate_engine.kernels import choose, reference
 from ragate_engine.kernels.fallback import checked
 from ragate_engine.kv import KVCache, block_bytes
+from ragate_engine.layers import Keep
 from ragate_engine.model import Decoder
 from ragate_engine.steps import HostSteps, Steps
-from ragate_engine.trial import run_steps, try_quantized
+from ragate_engine.trial import run_steps, try_kept
 from ragate_engine.weights import Checkpoint
 
 if TYPE_CHECKING:
@@ -58,8 +59,7 @@ class Runner:
         self.overlap = on_card if config.overlap is None else config.overlap
         """Whether a step is launched before the last one is read."""
         self.device_name = "the CPU"
-        self.keeps_packed = False
-        """Whether quantized weights are asked to stay packed."""
+        self.keep: Keep = "dense"
         self._compiler: AheadCompiler | None = None
         model = checkpoint.config
         self.vocab_size = model.vocab_size
@@ -108,9 +108,10 @@ class Runner:
             parts = MAX_PARTS
         here = card()
         self.device_name = here.name
-        self.keeps_packed = own and config.weights == "packed" and self.dtype == torch.bfloat16
+        if own and config.weights in ("packed", "int8") and self.dtype == torch.bfloat16:
+            self.keep = config.weights
         packed = None
-        if self.keeps_packed:
+        if self.keep == "packed":
             packed = budget.packed_bytes(model, sum(file.stat().st_size for file in checkpoint.files))
         need = budget.need_of(
             model,
@@ -172,7 +173,7 @@ class Runner:
                     self.device,
                     self.max_len,
                     progress,
-                    self.keeps_packed,
+                    self.keep,
                 )
         except torch.OutOfMemoryError as e:
             raise OutOfMemoryError(
@@ -198,11 +199,10 @@ class Runner:
         return CardSteps(decoder, kv, max_batch, max_step_tokens, max_len, self.config)
 
     def _trial(self, model: ModelConfig) -> Callable[[ModuleType, Mapping[str, str]], None]:
-        kinds = self.decoder.quantized_kinds()
+        kept = self.decoder.kept()
 
         def trial(ops: ModuleType, fell: Mapping[str, str]) -> None:
-            if "quantized" not in fell:
-                try_quantized(ops, kinds, self.device)
+            try_kept(ops, kept, self.device)
             run_steps(
                 model,
                 ops,

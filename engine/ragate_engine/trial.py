@@ -5,7 +5,7 @@ It compiles the kernels that serving will call and shows which of them do not (`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from types import ModuleType
@@ -16,8 +16,8 @@ import torch
 from ragate_engine.config import BLOCK_SIZE, ModelConfig
 from ragate_engine.devices import ALONE
 from ragate_engine.kv import KVCache
+from ragate_engine.layers import Kept
 from ragate_engine.model import Decoder
-from ragate_engine.quant.tensor import QuantTensor
 from ragate_engine.request import Completion, Request, Row, SamplingParams, Status, StepPlan
 from ragate_engine.steps import Steps
 from ragate_engine.weights import names
@@ -41,23 +41,22 @@ def small_model(model: ModelConfig) -> ModelConfig:
     )
 
 
-def try_quantized(
-    ops: ModuleType, kinds: Collection[tuple[int, int, bool, bool]], device: torch.device
-) -> None:
-    """One product each of packed weights of `kinds` (`Decoder.quantized_kinds`), in the trial's numbers of rows.
+def try_kept(ops: ModuleType, kept: Sequence[Kept], device: torch.device) -> None:
+    """Multiply once with weights of each kind that was not unpacked, in the trial's numbers of rows.
 
-    Raises whatever the operation raises.
+    Raises whatever the operations raise.
     """
-    for bits, group, offsets, gated in kinds:
-        width = max(group, 64)
-        scales = torch.full((16, width // group), 1e-2, device=device)
-        codes = torch.ones(16, width, dtype=torch.int8, device=device)
-        beside = scales / 3 if offsets else None
-        weight = QuantTensor(bits, group, codes, scales, beside, (16, width))
-        parts = ops.pack_quantized([weight] * (2 if gated else 1), gated)
+    seen = set()
+    for weights in kept:
+        parts = weights.weights if isinstance(weights.weights, tuple) else (weights.weights,)
+        plain = [v for part in parts for v in vars(part).values() if not isinstance(v, torch.Tensor)]
+        kind = (weights.operation, *plain)
+        if kind in seen or not hasattr(ops, weights.operation):
+            continue
+        seen.add(kind)
         for rows in ROWS:
-            x = torch.ones(rows, width, dtype=torch.bfloat16, device=device)
-            ops.quantized(x, parts, None, False, "silu" if gated else None)
+            x = torch.ones(rows, weights.width, dtype=torch.bfloat16, device=device)
+            getattr(ops, weights.operation)(x, weights.weights, None, weights.activation)
 
 
 def run_steps(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from quantized_cases import KINDS, Kind, random_weight
 
 pytest.importorskip("triton")
+from ragate_engine.kernels import triton as ops
 from ragate_engine.kernels.triton.quantized import (
     CONSTANT,
     OFFSET,
@@ -24,6 +25,7 @@ from ragate_engine.kernels.triton.quantized import (
     quantized,
     unpack_quantized,
 )
+from ragate_engine.layers import Gated, Keep, Linear
 from ragate_engine.quant.tensor import QuantTensor
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu checks the compiled kernels")
@@ -245,3 +247,32 @@ def test_the_instructions_unpack_every_code_in_every_place(bits: int, kind: int)
                 else:
                     exact = code * rounded + torch.tensor(beside).bfloat16().double()
                 assert weight == exact.bfloat16().item(), (i, q, code)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("keep", "operation", "tolerance"), [("packed", "quantized", 0.01), ("int8", "int8", 0.03)]
+)
+def test_a_layers_products_are_those_of_its_weights_however_they_are_kept(
+    keep: Keep, operation: str, tolerance: float
+) -> None:
+    kinds = [Kind(4, 32, "offset"), Kind(4, 32, "offset"), Kind(6, 16)]
+    weights = [
+        random_weight(kind, out, 64, i) for i, (kind, out) in enumerate(zip(kinds, (48, 16, 16), strict=True))
+    ]
+    biases = [torch.randn(len(weight.codes)) for weight in weights]
+    x = torch.randn(5, 64).bfloat16()
+    cpu = torch.device("cpu")
+    qkv = Linear(list(weights), biases, ops, torch.bfloat16, cpu, keep)
+    assert qkv.kept is not None and qkv.kept.operation == operation
+    exact = torch.cat([weight.dequantize() for weight in weights]).double()
+    expected = x.double() @ exact.T + torch.cat(biases).bfloat16().double()
+    assert (qkv(x, None).double() - expected).norm() < tolerance * expected.norm()
+    assert (qkv.weight().double() - exact).norm() < tolerance * exact.norm()
+    gated = Gated(weights[0], weights[0], "silu", ops, torch.bfloat16, cpu, keep)
+    assert gated.kept is not None and gated.kept.activation == "silu"
+    y = x.double() @ weights[0].dequantize().double().T
+    expected = F.silu(y) * y
+    assert (gated(x, None).double() - expected).norm() < 2 * tolerance * expected.norm()
+    mixed = Linear([weights[0], weights[0].dequantize()], [], ops, torch.bfloat16, cpu, keep)
+    assert (mixed.kept is None) is (keep == "packed")  # a plain weight is one that only int8 takes

@@ -7,7 +7,9 @@ Backends: `reference` (plain torch, any device: the oracle), `cpu` (one C file),
     pack_gated(gate, up) -> Packed                 prepare the two weights of a gated MLP once
     gated(x, packed, activation, rows) -> y        act(x gate^T) * (x up^T): [M, in] -> [M, out]
     pack_quantized(weights, gated) -> parts        the same for weights that stay packed, or None (triton alone)
-    quantized(x, parts, bias, wide, activation, rows) -> y
+    quantized(x, parts, bias, activation, rows, wide) -> y
+    pack_int8(weights, gated) -> Packed            the same for products in whole numbers, or None (triton alone)
+    int8(x, packed, bias, activation, rows) -> y
     embed(ids, table, scale, step) -> h            rows of the table, fresh storage
     rms_norm(h, x, weight, eps, rows) -> y         h += x (unless None), then normalize; h is updated in place
     last_norm(h, x, weight, eps, step) -> y        the same for the rows whose logits are wanted: [W, hidden]

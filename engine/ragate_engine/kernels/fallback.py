@@ -20,6 +20,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "linear": ("pack_linear", "linear"),
     "gated": ("pack_gated", "gated"),
     "quantized": ("pack_quantized", "quantized"),
+    "int8": ("pack_int8", "int8"),
     "embed": ("embed",),
     "norm": ("rms_norm", "last_norm"),
     "attention": ("make_kv", "rope_write_kv", "plan_attention", "attention"),

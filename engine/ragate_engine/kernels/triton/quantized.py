@@ -465,9 +465,9 @@ def quantized(
     x: torch.Tensor,
     parts: tuple[PackedQuant, ...],
     bias: torch.Tensor | None,
-    wide: bool = False,
     activation: str | None = None,
     rows: torch.Tensor | None = None,
+    wide: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [M, K] -> [M, sum of N] (in `out` if given), in float32 when `wide`; `activation` is of a gated pair."""
