@@ -108,6 +108,9 @@ class Settings(BaseModel):
     """GiB for the engine's KV blocks; by default 2 on a CPU, most of the free memory on a card."""
     kv_dtype: Literal["auto", "fp8_e4m3", "fp8_e5m2"] = "auto"
     """How the engine keeps K and V on a card; the 8-bit floats hold twice the tokens and may change scores."""
+    weights: Literal["auto", "packed", "dense", "int8"] = "auto"
+    """How the engine keeps weights on a card: quantized ones `packed` or unpacked (`dense`, which `auto` is), or all
+    rounded to `int8` with the activations; may change scores."""
     threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of the engine; by default one per core. Changes no score."""
 

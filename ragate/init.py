@@ -54,8 +54,9 @@ threshold_mode = "relative"
 # max_batch = 64
 # kv_gib = 2
 # threads = 4
-# This one may: 8-bit floats for K and V on a card, twice the tokens in the same memory.
+# These may. On a card: 8-bit floats for K and V, twice the tokens in the same memory; quantized weights kept packed.
 # kv_dtype = "fp8_e4m3"
+# weights = "packed"
 
 # What the target is called with: keyword arguments of a class, headers of a URL, input_key of a Runnable.
 # [target_options]

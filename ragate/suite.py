@@ -152,6 +152,7 @@ def _evaluate(
             max_batch=settings.max_batch,
             kv_bytes=kv,
             kv_dtype=settings.kv_dtype,
+            weights=settings.weights,
             threads=settings.threads,
         )
     )

@@ -53,6 +53,7 @@ def test_the_defaults_are_the_documented_ones(tmp_path: Path) -> None:
         "call_timeout": 600.0,
         "kv_gib": None,
         "kv_dtype": "auto",
+        "weights": "auto",
         "threads": None,
         "root": ".",
         "origins": {},
@@ -95,6 +96,7 @@ def test_every_setting_has_a_text_and_a_variable(tmp_path: Path, monkeypatch: py
         "call_timeout": "9",
         "kv_gib": "0.5",
         "kv_dtype": "fp8_e4m3",
+        "weights": "packed",
         "threads": "2",
     }
     assert set(values) == set(KEYS)
