@@ -90,7 +90,7 @@ def _quantize_rows(x, q, scales, count, K, BLOCK: tl.constexpr, COUNTED: tl.cons
         value = tl.load(x + at + first + columns, first + columns < K, 0.0).to(tl.float32)
         most = tl.maximum(most, tl.abs(value))
     scale = tl.max(most, 0) * (1 / 127)
-    inverse = tl.where(scale == 0.0, 0.0, 1.0 / scale)
+    inverse = tl.where(scale == 0.0, 0.0, tl.div_rn(1.0, scale))
     for first in range(0, K, BLOCK):
         inside = first + columns < K
         value = tl.load(x + at + first + columns, inside, 0.0).to(tl.float32)
