@@ -29,7 +29,7 @@ from ragate_engine.layers import Gated, Keep, Linear
 from ragate_engine.quant.tensor import QuantTensor
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu checks the compiled kernels")
-TILES = [Tile(16, 64, 4, 2), Tile(32, 128, 4, 2)]
+TILES = [Tile(16, 16, 1, 2), Tile(16, 64, 4, 2), Tile(32, 128, 4, 2)]
 BESIDE = {"nothing": CONSTANT, "zero": ZERO, "offset": OFFSET}
 
 

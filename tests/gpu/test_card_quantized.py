@@ -30,7 +30,14 @@ _spec.loader.exec_module(cases)
 pytestmark = NEEDS_CARD
 ROWS = (1, 2, 15, 16, 17, 64, 65, 200, 256, 257, 1000)
 WIDTHS = (576, 1536)
-FORCED = [Tile(16, 64, 4, 4), Tile(16, 128, 4, 4), Tile(64, 64, 4, 3), Tile(128, 128, 8, 3)]
+FORCED = [
+    Tile(16, 32, 2, 6),
+    Tile(16, 64, 1, 4),
+    Tile(16, 64, 4, 4),
+    Tile(16, 128, 4, 4),
+    Tile(64, 64, 4, 3),
+    Tile(128, 128, 8, 3),
+]
 
 
 def tiles() -> list[Tile]:
