@@ -412,7 +412,8 @@ def _quantized(
 def best_tile(M: int, N: int, gated: bool) -> Tile:
     """The tile for x [M, K] and W [N, K]: it never changes a bit. Not yet tuned on a card."""
     if M <= 16:  # unpacking takes the time: single warps spend least on anything else
-        return Tile(16, 32 if N > 64 * device.programs() else 16, 1, 6, 6)
+        narrow = N <= 64 * device.programs()
+        return Tile(16, 16 if narrow else 32, 1, 6, 6)
     if M <= 64:
         return Tile(64, 64, 4, 4, 2)
     return Tile(128, 128, 8, 3)
