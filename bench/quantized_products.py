@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial

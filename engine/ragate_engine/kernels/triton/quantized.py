@@ -412,7 +412,7 @@ def _quantized(
 def best_tile(M: int, N: int, gated: bool) -> Tile:
     """The tile for x [M, K] and W [N, K]: it never changes a bit. Not yet tuned on a card."""
     if M <= 16:  # unpacking takes the time: single warps spend least on anything else
-        narrow = N <= 64 * device.programs()
+        narrow = 64 * device.programs() >= N
         return Tile(16, 16 if narrow else 32, 1, 6, 6)
     if M <= 64:
         return Tile(64, 64, 4, 4, 2)
