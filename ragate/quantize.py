@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ragate.run import ItemRecord
     from ragate.suite import Say
     from ragate.testset import Item
-    from ragate_engine.weights.tokenizer import Tokenizer
+    from ragate_engine import Tokenizer
 
 SEQUENCES = 128
 """Token sequences to calibrate on, at most; as many as the papers take."""
@@ -46,16 +46,13 @@ def quantize(
     Imports torch.
     """
     from ragate import catalog
-    from ragate_engine.quantize import quantize as quantize_model
-    from ragate_engine.weights import open_checkpoint
+    from ragate_engine import open_checkpoint, quantize_model, write_gguf
 
     choice = catalog.resolve_judge(
         source, settings.device, progress=lambda done, total: say("fetching the model", done, total)
     )
     checkpoint = open_checkpoint(choice.path)
     if method == "gguf":
-        from ragate_engine.weights.gguf_write import write_gguf
-
         write_gguf(checkpoint, folder, mix, lambda done, total: say("writing", done, total), settings.device)
         return
     calibration: list[list[int]] = []

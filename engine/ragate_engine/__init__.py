@@ -1,11 +1,13 @@
 """ragate_engine: a paged-KV inference engine whose output bits do not depend on who shares the batch.
 
-The front door: `Engine`, `EngineConfig`, `SamplingParams`, `Completion` and the errors. Importing this package
-does not import torch; the first touch of `Engine` does.
+The front door: `Engine`, `EngineConfig`, `SamplingParams`, `Completion` and the errors; `open_checkpoint`,
+`quantize_model` and `write_gguf` for models as files. Importing this package does not import torch; the first touch of
+those does.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ragate_engine.config import EngineConfig, ModelConfig
@@ -23,8 +25,13 @@ from ragate_engine.request import Completion, SamplingParams, TokenInfo, Usage
 
 if TYPE_CHECKING:
     from ragate_engine.engine import Engine
+    from ragate_engine.quantize import quantize as quantize_model
+    from ragate_engine.weights import Checkpoint, open_checkpoint
+    from ragate_engine.weights.gguf_write import write_gguf
+    from ragate_engine.weights.tokenizer import Tokenizer
 
 __all__ = [
+    "Checkpoint",
     "Completion",
     "ConfigError",
     "DeviceError",
@@ -39,14 +46,28 @@ __all__ = [
     "PromptTooLongError",
     "SamplingParams",
     "TokenInfo",
+    "Tokenizer",
     "Usage",
+    "open_checkpoint",
+    "quantize_model",
+    "write_gguf",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import the engine itself only when it is asked for: it brings torch."""
-    if name == "Engine":
-        from ragate_engine.engine import Engine
+_LATER = {
+    "Checkpoint": ("weights", "Checkpoint"),
+    "Engine": ("engine", "Engine"),
+    "Tokenizer": ("weights.tokenizer", "Tokenizer"),
+    "open_checkpoint": ("weights", "open_checkpoint"),
+    "quantize_model": ("quantize", "quantize"),
+    "write_gguf": ("weights.gguf_write", "write_gguf"),
+}
+"""Where names are that bring torch."""
 
-        return Engine
+
+def __getattr__(name: str) -> Any:
+    """Import what brings torch only when it is asked for."""
+    if name in _LATER:
+        module, own = _LATER[name]
+        return getattr(import_module(f"ragate_engine.{module}"), own)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
