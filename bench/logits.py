@@ -113,8 +113,12 @@ def _states(runner: Runner, windows: Sequence[Sequence[int]]) -> Iterator[torch.
             runner.steps.launch(StepPlan((Row(request, 0, len(window), False, 0),)))
         yield tap.states[: len(window)]
     runner.close()
-    on_card = runner.device.type == "cuda"
     del runner, tap
+    let_go()
+
+
+def let_go() -> None:
+    """Give back the memory of engines that nothing refers to: the next one asks the card, not torch, what is free."""
     gc.collect()
-    if on_card:  # the next engine asks the card, not torch, what is free
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()

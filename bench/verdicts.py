@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.logits import let_go
 from ragate.judge import EngineJudge, Judge, JudgeError
 from ragate.metrics import RECORD, Record
 from ragate_engine import Engine, EngineConfig
@@ -70,7 +71,10 @@ def verdicts_of(
     if not items:
         return []
     with Engine(checkpoint, config) as engine:
-        return asyncio.run(_ask_all(EngineJudge(engine, str(checkpoint.path)), items))
+        found = asyncio.run(_ask_all(EngineJudge(engine, str(checkpoint.path)), items))
+    del engine
+    let_go()
+    return found
 
 
 async def _ask_all(judge: Judge, items: Sequence[Item]) -> list[Verdict | None]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from models import PROMPTS, cached_model
 
+from bench.logits import logits_of as every_logit
 from ragate_engine import Engine, EngineConfig, SamplingParams
-from ragate_engine.kernels import StepInputs
-from ragate_engine.request import Request, Row, StepPlan
-from ragate_engine.runner import Runner
 from ragate_engine.weights import open_checkpoint
 
 TINY = dict(
@@ -58,21 +55,9 @@ def tiny_config(name: str):
 
 def logits_of(folder: Path, tokens: list[int], kernels: str) -> torch.Tensor:
     """Logits after every token of a sequence, computed in one step by the engine's own runner."""
-    checkpoint = open_checkpoint(folder)
-    runner = Runner(checkpoint, EngineConfig(device="cpu", kernels=kernels, kv_bytes=1 << 22))  # type: ignore[arg-type]
-    request = Request(0, list(tokens), len(tokens), SamplingParams(), None)  # type: ignore[arg-type]
-    request.blocks = list(range(-(-len(tokens) // 16)))
-    forward = runner.decoder.forward
-
-    found = []
-
-    def every_row(ids: torch.Tensor, step: StepInputs, kv, out: torch.Tensor | None = None) -> torch.Tensor:
-        found.append(forward(ids, replace(step, wanted=torch.arange(len(ids))), kv))
-        return found[0]
-
-    runner.decoder.forward = every_row  # type: ignore[method-assign]
-    runner.steps.launch(StepPlan((Row(request, 0, len(tokens), True, 0),)))
-    return found[0]
+    config = EngineConfig(device="cpu", kernels=kernels)  # type: ignore[arg-type]
+    (found,) = every_logit(open_checkpoint(folder), [tokens], config)
+    return found
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
