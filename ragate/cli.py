@@ -389,6 +389,26 @@ def models_quantize(source: str, folder: Path, quiet: bool, **options: Any) -> i
     return 0
 
 
+@models.command("advise")
+@click.argument("model")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where [auto].")
+@click.option("--context", type=int, help="Tokens of a request [4096].")
+@click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", help="[text].")
+def models_advise(model: str, device: str, context: int | None, format_: str) -> int:
+    """Which format of MODEL, a catalogue name or a path, fits this machine; how fast it is, what it loses."""
+    from dataclasses import asdict
+
+    from ragate.advise import advise
+    from ragate.report.advice import print_advice
+
+    advice = advise(model, device, context)
+    if format_ == "json":
+        click.echo(json.dumps(asdict(advice), indent=1))
+    else:
+        print_advice(console(), advice)
+    return 0
+
+
 @cli.command()
 @settings_options
 def doctor(**flags: Any) -> int:

@@ -169,7 +169,7 @@ def _room(settings: Settings, choice: catalog.JudgeChoice) -> str | None:
         need = budget.need_of(checkpoint.config, checkpoint.parameters, config, 2, block, MAX_PARTS, packed)
         blocks = budget.kv_blocks(devices.card(), need)
     except EngineError as e:
-        return f"it does not fit: {e}"
+        return f"it does not fit: {e} (`ragate models advise {choice.name or choice.path}` shows what would)"
     except ImportError as e:
         return f"its kernels cannot be loaded: {e}"
     at_once = budget.requests_that_fit(blocks, USUAL_TOKENS)
