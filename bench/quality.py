@@ -8,7 +8,8 @@ RAGTruth. Those that look at activations are calibrated on what a judge is asked
 
 formats: rtn4-g128, gptq4-g128, awq4-g64 (method, bits, group), gptq4-g128-act (groups in the order of activations);
          a mix of GGUF (Q2_K, Q4_0, Q4_K_M, Q5_K_M, Q8_0); a .gguf file or a folder; `reference` itself.
-         On a card each may be followed by how it is run: +packed (its codes are kept), +fp8_e4m3 (the KV cache).
+         On a card each may be followed by how it is run: +packed (its codes are kept), +int8 (products of int8),
+         +fp8_e4m3 (the KV cache).
 
 usage: python bench/quality.py smollm2-135m --device cpu --formats rtn4-g64 gptq4-g64 awq4-g64 Q4_K_M Q8_0 --out JSON
 """
@@ -72,6 +73,8 @@ class Format:
         base, *run = name.split("+")
         if unknown := [word for word in run if word not in _RUNS]:
             raise SystemExit(f"{name}: {unknown[0]} is no way to run a format: take {', '.join(_RUNS)}")
+        if len({_RUNS[word] for word in run}) < len(run):
+            raise SystemExit(f"{name}: {' and '.join(run)} cannot be had at once")
         if (
             base != "reference"
             and base not in MIXES
@@ -119,8 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.windows < 2 or args.length < 2:
         parser.error("there must be two windows or more, of two tokens or more")
     formats = [Format.parse(name) for name in args.formats]
-    configs = [each.config(args.device) for each in formats]
     try:
+        configs = [each.config(args.device) for each in formats]
         found = _measured(args, formats, configs)
     except (EngineError, RagateError) as error:
         raise SystemExit(str(error)) from error

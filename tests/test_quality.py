@@ -264,7 +264,11 @@ def test_a_format_says_how_it_is_made_and_run() -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("Q9_0", "neither a path nor a format"), ("Q8_0+fast", "no way to run a format")],
+    [
+        ("Q9_0", "neither a path nor a format"),
+        ("Q8_0+fast", "no way to run a format"),
+        ("Q8_0+packed+int8", "packed and int8 cannot be had at once"),
+    ],
 )
 def test_a_format_that_is_none_is_refused(name: str, message: str) -> None:
     with pytest.raises(SystemExit, match=message):
