@@ -49,6 +49,8 @@ QUALITIES = (
 )
 """Finest first. GGUF: Llama-3-8B, 6.2332 in F16, by llama.cpp (tools/perplexity/README.md). int4: Llama-2-7B, 5.47 in
 FP16, AWQ 5.60 and GPTQ 5.69 (Lin et al. 2023, AWQ, table 4)."""
+FP8 = 'kv_dtype = "fp8_e4m3"'
+"""The setting that halves the KV of a request on a card."""
 TOO_COARSE = 0.1
 """A format that loses more is advised only where no other fits."""
 
@@ -376,26 +378,28 @@ def _choose(model: str, rows: Sequence[Row], here: Machine, context: int) -> tup
     """The row to take, and why; or `None` and what to do instead."""
     known = [row for row in rows if row.loss is not None and not row.unpacked]
     good = [row for row in known if row.loss is not None and row.loss < TOO_COARSE]
-    wanted = f"{ENOUGH} requests of {context:,} tokens"
+    wanted = f"{ENOUGH} requests of {context:,} tokens at once"
+    fp8 = next((row for row in good if (row.requests_fp8 or 0) >= ENOUGH), None)
     for row in good:
         if row.requests >= ENOUGH:
-            return row, f"the finest format that leaves room for {wanted} at once ({row.requests:,} fit)"
+            finer = f"; {fp8.name} would, given {FP8}" if fp8 and fp8 is not row else ""
+            return row, f"the finest format that leaves room for {wanted} ({row.requests:,} fit){finer}"
+    if fp8:
+        return fp8, f"the finest format that leaves room for {wanted}, given {FP8}"
+    most = max(row.requests for row in good)
     for row in good:
-        if (row.requests_fp8 or 0) >= ENOUGH:
-            return row, f'the finest format that leaves room for {wanted}, given kv_dtype = "fp8_e4m3"'
-    # max takes the first, which is the finest, of several
-    most = max(good, key=lambda row: row.requests)
-    if most.requests:
-        return most, f"no format leaves room for {wanted}; this one holds the most, {most.requests}"
-    coarse = next((row for row in known if row.requests), None)
-    if coarse:
-        return coarse, "nothing finer fits; a smaller model in a finer format will judge better"
+        if row.requests and 2 * row.requests >= most:
+            holds = f"it holds {row.requests}, the smallest {most}"
+            return row, f"no format leaves room for {wanted}; the finest of those that come near ({holds})"
+    for row in known:
+        if row.requests or row.requests_fp8:
+            given = "" if row.requests else f" given {FP8}"
+            coarse = "; a smaller model in a finer format will judge better" if row not in good else ""
+            return row, f"the finest with room for a request of {context:,} tokens{given}{coarse}"
     least = min(rows, key=lambda row: row.weight_bytes)
     if least.refused is None:
-        return (
-            None,
-            f"beside {model} there is no room on {here.name} for a request of {context:,} tokens: lower --context",
-        )
+        tokens = f"a request of {context:,} tokens"
+        return None, f"beside {model} there is no room for {tokens} on {here.name}: lower --context"
     return None, f"{model} fits {here.name} in no format: as {least.name} {least.refused}"
 
 

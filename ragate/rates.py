@@ -47,6 +47,8 @@ REACHED = (0.876, 0.745)
 
 MOVED_BYTES = 256 << 20
 """More than any cache holds."""
+SIDE = 4096
+"""Rows and columns of a product on a card."""
 SECONDS = 0.5
 """For each of the two measurements."""
 
@@ -97,9 +99,8 @@ def _measured_card(device: torch.device) -> Ceilings:
 
     from ragate_engine.roofline import Ceilings
 
-    side = 4096
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    flops = 2 * side**3 / seconds_of(lambda: torch.mm(a, b), torch.cuda.synchronize)
+    a, b = (torch.randn(SIDE, SIDE, device=device, dtype=torch.bfloat16) for _ in range(2))
+    flops = 2 * SIDE**3 / seconds_of(lambda: torch.mm(a, b), torch.cuda.synchronize)
     source = torch.ones(MOVED_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     bandwidth = 2 * MOVED_BYTES / seconds_of(lambda: target.copy_(source), torch.cuda.synchronize)

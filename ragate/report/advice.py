@@ -68,12 +68,17 @@ def print_advice(console: Console, advice: Advice) -> None:
 
 
 def _rate(speed: Speed | None) -> str:
-    """`219 of 279` where an expected rate is known, else the limit alone."""
+    """`219/279` where an expected rate is known, else the limit alone."""
     if speed is None:
         return "–"
-    digits = ",.0f" if speed.limit >= 10 else ".1f"
-    limit = format(speed.limit, digits)
-    return f"≤ {limit}" if speed.expected is None else f"{format(speed.expected, digits)} of {limit}"
+    limit = _number(speed.limit)
+    return f"≤ {limit}" if speed.expected is None else f"{_number(speed.expected)}/{limit}"
+
+
+def _number(value: float) -> str:
+    if value >= 1e4:
+        return f"{value / 1e3:,.{1 if value < 1e5 else 0}f}k"
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _notes(advice: Advice) -> dict[str, str]:
@@ -86,7 +91,7 @@ def _notes(advice: Advice) -> dict[str, str]:
         weights = (
             'quantized ones as codes, by EngineConfig(weights="packed"); else the engine unpacks them to bf16'
         )
-        reached = "; m of n: m is expected, by the share that bf16 reached on an H200 with short contexts"
+        reached = "; m/n: m is expected, by the share that bf16 reached on an H200 with short contexts"
     else:
         memory = f"{free}; {kv} in float32, with kv_gib = {advice.kv_gib}"
         weights = "float32, but for the table of a quantized embedding: a smaller file saves neither memory nor time"

@@ -68,6 +68,7 @@ def test_a_judge_that_does_not_fit_the_card_is_told_before_any_run(settings: Set
     said = lines(settings)["more"]
     assert "it does not fit: the weights need 0.0 GiB" in said
     assert "0.2 GiB are free on NVIDIA X" in said
+    assert said.endswith("judge.gguf` shows what would)") and "(`ragate models advise " in said
 
 
 def test_a_card_that_does_not_answer_is_told(settings: Settings, h200) -> None:
