@@ -21,15 +21,9 @@ def print_advice(console: Console, advice: Advice) -> None:
 
     on_card = advice.kv_gib is None
     title = f"{advice.model}: {advice.parameters / 1e9:.2f} billion weights, {advice.quantization}; {advice.device}"
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-        title=Text(plain(title)),
-        title_justify="left",
-        title_style="bold",
-    )
+    console.print(Text(plain(title), "bold"), soft_wrap=True)
+    console.print()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("  format", no_wrap=True)
     middle = ["requests\nat once", "with\nfp8 KV"] if on_card else ["file\nGiB", "requests\nat once"]
     for name in ("weights\nGiB", *middle, "tok/s\nalone", "tok/s\nall at once", "perplexity"):
