@@ -112,7 +112,7 @@ def _model(results: list[dict[str, Any]]) -> list[str]:
             f"{first['hardware']}. {text['windows']} windows of {text['length']} tokens of {text['file']} "
             f"({text['positions']:,} predictions).{questions} {_calibrated(results)}"
         ),
-        *_paragraph(_truth(reference["quantization"], rows)),
+        *_paragraph(f"{_truth(reference['quantization'], rows)} {_bias(rows)}".strip()),
         "| format | MB | bits a weight | perplexity | over the reference | published | KL, nats | published | "
         "same token | verdicts as the reference's | as people's | P moved |",
         "|---|" + "---:|" * 11,
@@ -142,6 +142,17 @@ def _truth(quantization: str, rows: list[dict[str, Any]]) -> str:
     return (
         f"The reference is itself a {quantization} file, unpacked: its weights already lie on a grid, which some "
         f"formats meet better than they would meet weights that were never rounded.{copied}"
+    )
+
+
+def _bias(rows: list[dict[str, Any]]) -> str:
+    """What agreement with the reference's verdicts is worth: little, where it always says the same."""
+    said = next((row["judge"] for row in rows if row["name"] == "reference"), None)
+    if not said:
+        return ""
+    return (
+        f"As judge it finds {said['says_faithful']} of {said['items']} answers faithful, people "
+        f"{said['labelled_faithful']}."
     )
 
 

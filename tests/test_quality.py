@@ -359,6 +359,7 @@ def test_the_page_has_ours_beside_what_was_published(tmp_path: Path) -> None:
     assert "python a\npython b\n" in text
     words = " ".join(text.split())
     assert "itself a Q4_1 file" in words and "Q4_1 is that very format" in words
+    assert "As judge it finds 9 of 40 answers faithful, people 25." in words
     assert "2,048 tokens of prompts for the test set t" in words
 
 
