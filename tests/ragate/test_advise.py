@@ -263,6 +263,9 @@ def test_on_a_cpu_every_format_takes_float32_and_the_memory_decides() -> None:
     assert {row.kv_bytes for row in rows.values()} == {GIB} and found.kv_gib == 16
     assert found.advised == "bf16" and rows["bf16"].requests == 16
     assert rows["bf16"].requests_fp8 is None
+    alone, moved = rows["bf16"].alone, 4 * (8_030_261_248 - table) + 4097 * 2 * 32 * 8 * 128 * 4
+    assert alone is not None and alone.expected is None
+    assert alone.limit == pytest.approx(50e9 / moved)
     small = replace(cpu, total=32 * GIB, free=30 * GIB)
     none = advice_on("judge", checkpoint, small, 4096)
     assert none.advised is None
