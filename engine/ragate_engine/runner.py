@@ -51,6 +51,8 @@ class Runner:
         }[config.dtype]
         if config.kv_dtype != "auto" and not on_card:
             raise ConfigError(f"kv_dtype {config.kv_dtype} needs an NVIDIA card: leave it out on a CPU")
+        if config.weights in ("packed", "int8") and not (on_card and self.dtype == torch.bfloat16):
+            raise ConfigError(f"weights {config.weights} needs an NVIDIA card and bfloat16: leave it out")
         kv_dtype = KV_DTYPES.get(config.kv_dtype, self.dtype)
         self.max_batch = config.max_batch or (budget.CARD_BATCH if on_card else CPU_BATCH)
         self.max_step_tokens = config.max_step_tokens or (
@@ -108,10 +110,12 @@ class Runner:
             parts = MAX_PARTS
         here = card()
         self.device_name = here.name
-        if own and config.weights in ("packed", "int8") and self.dtype == torch.bfloat16:
+        if own and config.weights in ("packed", "int8"):
             self.keep = config.weights
         packed = None
-        if self.keep == "packed":
+        if self.keep == "int8":
+            packed = checkpoint.parameters + 3 * model.vocab_size * model.hidden_size
+        elif self.keep == "packed":
             packed = budget.packed_bytes(model, sum(file.stat().st_size for file in checkpoint.files))
         need = budget.need_of(
             model,

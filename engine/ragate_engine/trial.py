@@ -42,7 +42,7 @@ def small_model(model: ModelConfig) -> ModelConfig:
 
 
 def try_kept(ops: ModuleType, kept: Sequence[Kept], device: torch.device) -> None:
-    """Multiply once with weights of each kind that was not unpacked, in the trial's numbers of rows.
+    """Multiply with weights of each kind and shape that was not unpacked, in the numbers of rows that take other tiles.
 
     Raises whatever the operations raise.
     """
@@ -50,13 +50,18 @@ def try_kept(ops: ModuleType, kept: Sequence[Kept], device: torch.device) -> Non
     for weights in kept:
         parts = weights.weights if isinstance(weights.weights, tuple) else (weights.weights,)
         plain = [v for part in parts for v in vars(part).values() if not isinstance(v, torch.Tensor)]
-        kind = (weights.operation, *plain)
+        kind = (
+            weights.operation,
+            *plain,
+            *(len(t) for part in parts for t in vars(part).values() if isinstance(t, torch.Tensor)),
+        )
         if kind in seen or not hasattr(ops, weights.operation):
             continue
         seen.add(kind)
-        for rows in ROWS:
+        for rows in (1, 60, 200, 1000):
             x = torch.ones(rows, weights.width, dtype=torch.bfloat16, device=device)
-            getattr(ops, weights.operation)(x, weights.weights, None, weights.activation)
+            count = torch.full((1,), rows, dtype=torch.int32, device=device)
+            getattr(ops, weights.operation)(x, weights.weights, None, weights.activation, count)
 
 
 def run_steps(

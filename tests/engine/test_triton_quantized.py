@@ -9,6 +9,7 @@ from quantized_cases import KINDS, Kind, random_weight
 
 pytest.importorskip("triton")
 from ragate_engine.kernels import triton as ops
+from ragate_engine.kernels.triton import device
 from ragate_engine.kernels.triton.quantized import (
     CONSTANT,
     OFFSET,
@@ -18,7 +19,10 @@ from ragate_engine.kernels.triton.quantized import (
     Tile,
     _instructions,
     _pair,
+    best_tile,
+    blocks_of,
     dequantize,
+    fitting,
     pack_quantized,
     packable,
     product,
@@ -276,3 +280,20 @@ def test_a_layers_products_are_those_of_its_weights_however_they_are_kept(
     assert (gated(x, None).double() - expected).norm() < 2 * tolerance * expected.norm()
     mixed = Linear([weights[0], weights[0].dequantize()], [], ops, torch.bfloat16, cpu, keep)
     assert (mixed.kept is None) is (keep == "packed")  # a plain weight is one that only int8 takes
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_every_tile_is_made_to_fit_the_card(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside, group = BESIDE[kind.beside], kind.group or 1536
+    walk = blocks_of(kind.bits, group, beside)
+    monkeypatch.setattr(device, "shared_memory", lambda: 232_448)
+    for rows in (1, 40, 300):
+        for wide in (False, True):
+            tile = fitting(best_tile(rows, 4096, False), walk, beside, False, wide)
+            # a row of scales on its way begins at a multiple of 128 bytes
+            assert walk.groups > 2 or tile.columns * (2 if beside == CONSTANT else 4) % 128 == 0
+            held = 2 * tile.stages * tile.rows * walk.planes * walk.width * walk.chunks
+            assert tile.stages >= 2 and held < 232_448
+    monkeypatch.setattr(device, "shared_memory", lambda: 100_000)
+    small = fitting(best_tile(300, 4096, False), walk, beside, False, False)
+    assert small.rows * small.stages < tile.rows * tile.stages or small.rows < 128

@@ -20,7 +20,7 @@ import torch
 from ragate_engine.config import BLOCK_SIZE, ModelConfig
 from ragate_engine.devices import hash_triton
 from ragate_engine.kernels import HeadShape, StepInputs
-from ragate_engine.kernels.triton import attention, make_kv, rope_write_kv
+from ragate_engine.kernels.triton import attention, device, make_kv, rope_write_kv
 from ragate_engine.kernels.triton.attention import Work
 from ragate_engine.kernels.triton.children import Children, Job, Marker, compile_only
 from ragate_engine.kernels.triton.linear import PREFETCH_BYTES, Packed, best_tile, prefetches, product
@@ -95,6 +95,7 @@ class AheadCompiler:
 
     def _children(self, capability: tuple[int, int]) -> Children | None:
         """Processes that compile the same launches, made on tensors that are not on the card."""
+        device.programs(), device.shared_memory()  # children cannot ask the card
         first, rest = _jobs(torch.device("cpu"), *self._arguments)
         with suppress(OSError):
             return Children([*first, *rest], partial(compile_only, capability))

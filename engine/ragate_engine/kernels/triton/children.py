@@ -87,15 +87,19 @@ def _work(jobs: Sequence[Job], prepare: Callable[[], object], take: int, report:
     try:
         gc.disable()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for standard in range(3):
+            os.dup2(nowhere, standard)
+        # the parent's sockets, files and card are not a child's to keep open
+        ends = sorted((take, report))
+        for first, last in zip((2, *ends), (*ends, os.sysconf("SC_OPEN_MAX")), strict=True):
+            os.closerange(first + 1, last)
         torch.set_num_threads(1)  # the threads that share large operations have stayed with the parent
         prepare()
         while index := os.read(take, 1):
             with suppress(Exception):
                 jobs[index[0]]()
-            os.write(report, index)
+            os.write(report, index)  # of a failure too: who waits compiles it itself, and sees why it fails
     finally:
         os._exit(0)
 

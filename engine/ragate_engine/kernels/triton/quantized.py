@@ -419,6 +419,30 @@ def best_tile(M: int, N: int, gated: bool) -> Tile:
     return Tile(128, 128, 8, 3)
 
 
+def fitting(tile: Tile, walk: Blocks, kind: int, gated: bool, wide: bool) -> Tile:
+    """`tile` made to suit how K is walked: none of it changes a bit.
+
+    A row of scales is moved to a place of its own, which must begin at a multiple of 128 bytes; and all that is on its
+    way must fit the card's shared memory.
+    """
+    size = 2 if kind == CONSTANT else 4
+    if walk.groups <= 2 and tile.columns * size < 128:
+        tile = tile._replace(columns=128 // size, warps=max(tile.warps, 128 // size // 16))
+    words = walk.chunks + (walk.chunks // walk.share if walk.share > 1 else walk.chunks)
+    while True:
+        rows = 2 * tile.rows * walk.planes * walk.width * walk.chunks
+        others = tile.columns * (2 * walk.width * words + size * walk.groups * walk.chunks)
+        out = tile.rows * tile.columns * (4 if wide else 1 if gated else 2)
+        if tile.stages * rows + (tile.stages - 1) * others + out + 1024 <= device.shared_memory():
+            return tile
+        if tile.stages > 2:
+            tile = tile._replace(stages=tile.stages - 1)
+        elif tile.rows > 16:
+            tile = tile._replace(rows=tile.rows // 2)
+        else:
+            return tile
+
+
 def product(
     x: torch.Tensor,
     packed: PackedQuant,
@@ -437,9 +461,9 @@ def product(
         x = x[:, packed.order]
     if y is None:
         y = torch.empty(M, out, dtype=torch.float32 if wide else x.dtype, device=x.device)
-    tile = tile or best_tile(M, N, packed.gated)
     low, high = PLANES[packed.bits]
     walk = blocks_of(packed.bits, packed.group, packed.kind)
+    tile = fitting(tile or best_tile(M, N, packed.gated), walk, packed.kind, packed.gated, wide)
     tiles = triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns)
     words = [tile.columns, walk.width]
     together = walk.groups * walk.chunks if walk.groups > 2 else 0
