@@ -409,7 +409,7 @@ def _way(model: str, rows: Sequence[Row], advised: Row | None) -> str:
 
     if advised is None:
         return ""
-    kept = ' Keep it packed: EngineConfig(weights="packed").' if advised.kept == "packed" else ""
+    kept = ' Keep it packed: weights = "packed" in ragate.toml.' if advised.kept == "packed" else ""
     if advised.is_file:
         return f"{model} has this format.{kept}"
     own = next(row for row in rows if row.is_file)

@@ -239,7 +239,7 @@ def test_a_quantized_model_is_shown_packed_and_unpacked() -> None:
     assert (unpacked.weight_bytes, unpacked.requests) == (plain.weight_bytes, plain.requests)
     assert found.how == (
         f"judge is {INT4}, from which nothing finer can be made: fetch it as Q8_0. "
-        'Keep it packed: EngineConfig(weights="packed").'
+        'Keep it packed: weights = "packed" in ragate.toml.'
     )
     assert "ragate models quantize judge Q8_0.gguf --method gguf --type Q8_0" in advice(24).how
     assert advice(80).how == "judge has this format."
