@@ -353,6 +353,22 @@ def models_verify(name: str | None) -> int:
     return 0
 
 
+def refuse_unused(method: str) -> None:
+    """Raise UsageError where the command line has an option that `method` does not look at."""
+    context = click.get_current_context()
+    gguf, calibrated = {"mix"}, {"testset", "text"}
+    unused = {
+        "gguf": {"bits", "group", "symmetric", "desc_act"} | calibrated,
+        "rtn": gguf | calibrated | {"desc_act"},
+        "awq": gguf | {"symmetric", "desc_act"},
+        "gptq": gguf,
+    }[method]
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "") is click.core.ParameterSource.COMMANDLINE
+        if given and option.name in unused:
+            raise click.UsageError(f"--method {method} does not look at {option.opts[0]}: leave it out")
+
+
 @models.command("quantize")
 @click.argument("source")
 @click.argument("folder", type=click.Path(path_type=Path))
@@ -376,6 +392,7 @@ def models_quantize(source: str, folder: Path, quiet: bool, **options: Any) -> i
     from ragate.progress import Progress
     from ragate.quantize import quantize
 
+    refuse_unused(options["method"])
     settings = settings_of({key: options.pop(key) for key in ("testset", "device")})
     try:
         with Progress(console(stderr=True), quiet=quiet) as progress:

@@ -95,7 +95,7 @@ def calibration_of(tokenizer: Tokenizer, settings: Settings, text: Path | None) 
         raise ConfigError(
             "there is no text to calibrate on; name a file with --text or a test set with --testset"
         )
-    sequences = pieces(documents)
+    sequences = pieces(documents, tokenizer.bos_id if tokenizer.add_bos else None)
     if not sequences:
         raise ConfigError(
             f"{text or settings.testset} holds no text to calibrate on; name another with --text"
@@ -103,17 +103,20 @@ def calibration_of(tokenizer: Tokenizer, settings: Settings, text: Path | None) 
     return sequences
 
 
-def pieces(documents: Sequence[Sequence[int]]) -> list[list[int]]:
+def pieces(documents: Sequence[Sequence[int]], bos: int | None = None) -> list[list[int]]:
     """The documents cut into sequences; of the distinct ones as many as are wanted, evenly spaced.
 
     Prompts of a metric begin alike for some thousand tokens, which then count once. A document's last sequence is cut
-    from its end, so that it is no crumb.
+    from its end, so that it is no crumb. Each begins with `bos`, where the model never sees a text without it.
     """
+    head = () if bos is None else (bos,)
+    bare = (document[1:] if [*document[:1]] == [*head] else document for document in documents)
+    size = TOKENS - len(head)
     cut = (
-        tuple(document[at : at + TOKENS])
-        for document in documents
+        (*head, *document[at : at + size])
+        for document in bare
         if document
-        for at in (*range(0, len(document) - TOKENS, TOKENS), max(0, len(document) - TOKENS))
+        for at in (*range(0, len(document) - size, size), max(0, len(document) - size))
     )
     distinct = [list(piece) for piece in dict.fromkeys(cut)]
     wanted = min(SEQUENCES, len(distinct))

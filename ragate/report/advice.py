@@ -82,9 +82,7 @@ def _notes(advice: Advice) -> dict[str, str]:
     kv = f"a request of {advice.context:,} tokens takes {row.kv_bytes / 2**20:,.0f} MiB of KV"
     if row.kv_fp8_bytes is not None:
         memory = f"{free}; {kv} in bf16, {row.kv_fp8_bytes / 2**20:,.0f} in fp8"
-        weights = (
-            'quantized ones as codes, by weights = "packed" in ragate.toml; else the engine unpacks them to bf16'
-        )
+        weights = 'quantized ones as codes, by weights = "packed" in ragate.toml; else the engine unpacks them to bf16'
         reached = "; m/n: m is expected, by the share that bf16 reached on an H200 with short contexts"
     else:
         memory = f"{free}; {kv} in float32, with kv_gib = {advice.kv_gib}"

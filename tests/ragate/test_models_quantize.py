@@ -56,6 +56,29 @@ def test_documents_are_cut_into_distinct_sequences_that_end_where_they_end() -> 
     ]
 
 
+def test_every_sequence_begins_as_the_model_expects() -> None:
+    document = [1, *range(2, 1000)]
+    assert pieces([document], bos=1) == [[1, *range(2, 513)], [1, *range(489, 1000)]]
+    assert pieces([document[1:]], bos=1) == pieces([document], bos=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("--method", "gguf", "--bits", "8"), "--bits"),
+        (("--method", "gguf", "--text", "nofile"), "--text"),
+        (("--method", "rtn", "--type", "Q8_0"), "--type"),
+        (("--method", "awq", "--symmetric"), "--symmetric"),
+    ],
+)
+def test_an_option_of_another_method_is_refused(
+    arguments: tuple[str, ...], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, said = ended(capsys, "qwen-0.5b", "out", *arguments)
+    assert code == 4
+    assert f"--method {arguments[1]} does not look at {option}: leave it out" in said
+
+
 def test_of_many_sequences_evenly_spaced_ones_are_taken() -> None:
     found = pieces([[i] for i in range(300)])
     assert found == [[i * 300 // 128] for i in range(128)]

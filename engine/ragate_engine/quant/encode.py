@@ -34,7 +34,10 @@ def encode(kind: Kind, rows: torch.Tensor) -> torch.Tensor:
     not finite or beyond `LARGEST`.
     """
     if kind in DENSE:
-        return rows.to(DENSE[kind]).contiguous().view(torch.uint8)
+        stored = rows.to(DENSE[kind]).contiguous()
+        if not bool(torch.isfinite(stored).all()):
+            raise ValueError(f"there are weights that are not finite, or too large for {kind.name}")
+        return stored.view(torch.uint8)
     if kind not in _ENCODERS:
         raise ValueError(f"{kind.name} is not written: take one of {', '.join(k.name for k in WRITTEN)}")
     form = FORMATS[kind]

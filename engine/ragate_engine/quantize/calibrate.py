@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ragate_engine.devices import pick_device
@@ -119,8 +119,11 @@ class _Run:
                 write_shard(path, stored)
                 shards[path] = sorted(stored)
             else:
-                shards[path] = _names_in(path)
-                stored = {} if last else load_file(path)
+                try:
+                    shards[path] = _names_in(path)
+                    stored = {} if last else load_file(path)
+                except SafetensorError as error:
+                    raise ModelFileError(f"{path} is damaged ({error}): delete it and run again") from None
             if not last:
                 weights = read_layer(stored, self.config, i, self.recipe, self.device, self.dtype)
                 hidden = [run_layer(weights, self.config, i, turns, h) for h in hidden]

@@ -115,7 +115,7 @@ def _inverse_factor(hessian: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
     is one factorization and one triangular solve, and the inverse of H is never formed.
     """
     diagonal = torch.where(dead, 1.0, hessian.diagonal())
-    mean = diagonal.mean()
+    mean = hessian.diagonal()[~dead].mean() if not bool(dead.all()) else diagonal.mean()
     for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
         damped = hessian.clone()
         damped.diagonal().copy_(diagonal + damping * mean)

@@ -82,9 +82,11 @@ def write_gguf(
         raise ConfigError(f"there is no GGUF mix {mix!r}: take one of {', '.join(MIXES)}")
     if path.exists() and any(path.samefile(file) for file in source.files):
         raise ConfigError(f"{path} is the model that is to be read: write to another file")
+    if path.is_dir() or not path.name:
+        raise ConfigError(f"{path} is a folder: name the file to write")
     target = pick_device(device)
     plan = _from_folder(source, mix) if source.path.is_dir() else _from_gguf(source, mix)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.partial")  # of a run that was killed the next one takes it over
     try:
         _write_header(plan, temporary)
         with open(temporary, "ab") as file:
