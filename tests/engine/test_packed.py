@@ -637,6 +637,11 @@ def test_a_g_idx_from_before_calibration_says_nothing(tmp_path: Path):
         ("GPTQ int4 g32", gptq_settings(bits=8, group_size=16), "qzeros has shape [3, 8], expected [3, 16]"),
         ("GPTQ int4 g32", gptq_settings(group_size=-7), "groups of -7"),
         ("GPTQ int4 g32", gptq_settings(checkpoint_format="marlin"), "'marlin'"),
+        (
+            "GPTQ int3 per channel",
+            gptq_settings(bits=3, group_size=-1, meta={"quantizer": ["gptqmodel:2.1.0"]}),
+            "convert them to gptq_v2",
+        ),
         ("GPTQ int4 g32", gptq_settings(pack_dtype="int16"), "'int16'"),
         ("GPTQ int4 g32", compressed_settings(), "lacks its weight_packed"),
         ("compressed-tensors int4 g32", compressed_settings("nvfp4-pack-quantized"), "'nvfp4-pack-quantized'"),

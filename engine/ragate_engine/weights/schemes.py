@@ -94,6 +94,11 @@ def _gptq(fields: Fields) -> Scheme:
     bits, group = fields.need("bits", int), fields.need("group_size", int)
     _check(fields, "GPTQ", bits, packed.GPTQ_BITS, group)
     number = 2 if version == "gptq_v2" else 1
+    meta = fields.get("meta", dict)
+    maker = str(meta.get("quantizer", "")) if meta else ""
+    if number == 1 and bits == 3 and "gptqmodel" in maker.lower():
+        # it subtracts one from whole words, not from each zero point: at 3 bits that is not what others write
+        fields.refuse("GPTQModel's 3-bit weights of format gptq are not read: convert them to gptq_v2")
     return Scheme(
         _named("GPTQ", bits, group) + (" act-order" if fields.get("desc_act", bool) else ""),
         partial(packed.gptq_shape, bits=bits, group=group),
