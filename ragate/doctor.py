@@ -6,12 +6,12 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ragate import catalog
 from ragate.endpoint import is_url, shown
@@ -113,7 +113,7 @@ def _kernels(settings: Settings, choice: catalog.JudgeChoice | None) -> str:
 
     try:
         if pick_device(settings.device).type == "cuda":
-            return f"Triton {_version('triton')}: {_tried(choice, 'cuda')}"
+            return f"Triton {_version('triton')}: {_tried(choice, 'cuda', settings.weights)}"
     except EngineError as e:
         return str(e)
     except Exception as e:  # a compiler may fail with anything
@@ -121,8 +121,15 @@ def _kernels(settings: Settings, choice: catalog.JudgeChoice | None) -> str:
     return "C" if cpu.available() else "plain torch (slower): no C compiler found; install gcc or clang"
 
 
-def _tried(choice: catalog.JudgeChoice | None, device: Literal["cpu", "cuda"]) -> str:
-    """The backend that an engine ends up with for a model of the judge's shapes: one layer of it, made up, answers."""
+def _tried(
+    choice: catalog.JudgeChoice | None,
+    device: Literal["cpu", "cuda"],
+    weights: Literal["auto", "packed", "dense", "int8"] = "auto",
+) -> str:
+    """The backend that an engine ends up with for a model of the judge's shapes: one layer of it, made up, answers.
+
+    Of `packed` weights the layer is the judge's own, since their kinds decide what is compiled.
+    """
     import torch
 
     from ragate_engine import Engine, EngineConfig, ModelConfig, SamplingParams
@@ -130,13 +137,17 @@ def _tried(choice: catalog.JudgeChoice | None, device: Literal["cpu", "cuda"]) -
     from ragate_engine.weights import Checkpoint, names, open_checkpoint
 
     model = ModelConfig("llama", 1024, 512, 1024, 1, 8, 2, 64, 1024)
+    own: Mapping[str, Callable[[], Any]] = {}
     if choice is not None:
-        model = replace(small_model(open_checkpoint(choice.path).config), max_len=1024)
+        judge = open_checkpoint(choice.path)
+        model = replace(small_model(judge.config), max_len=1024)
+        if weights == "packed":
+            own = {name: load for name, load in judge.tensors.items() if name.startswith("layers.")}
     tensors = {
-        name: partial(torch.full, shape, 1e-2, dtype=torch.bfloat16)
+        name: own.get(name) or partial(torch.full, shape, 1e-2, dtype=torch.bfloat16)
         for name, shape in names.expected(model).items()
     }
-    config = EngineConfig(device=device, max_batch=1, max_len=2 * ROWS[0], kv_bytes=64 << 20)
+    config = EngineConfig(device=device, max_batch=1, max_len=2 * ROWS[0], kv_bytes=64 << 20, weights=weights)
     with Engine(Checkpoint(Path("made"), model, None, tensors, "bfloat16", files=()), config) as engine:
         engine.submit([1] * ROWS[0], SamplingParams(max_tokens=3)).result(timeout=300)
         backend = engine.describe()["backend"]

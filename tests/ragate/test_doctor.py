@@ -31,7 +31,7 @@ def h200(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(devices, "card", lambda: devices.Card("NVIDIA H200", (9, 0), 140 * GIB, 138 * GIB))
     monkeypatch.setattr(devices, "pick_device", lambda wanted: torch.device("cuda"))
     monkeypatch.setattr(doctor, "_driver", lambda: "580.159.04")
-    monkeypatch.setattr(doctor, "_tried", lambda choice, device: "triton-3, all compiled")
+    monkeypatch.setattr(doctor, "_tried", lambda choice, device, weights: "triton-3, all compiled")
     return monkeypatch
 
 
@@ -53,10 +53,10 @@ def test_a_card_is_described_with_its_kernels_and_the_room_for_requests(settings
 
 
 def test_kernels_that_fell_back_are_named(settings: Settings, h200) -> None:
-    h200.setattr(doctor, "_tried", lambda choice, device: "triton-3 (attention: reference)")
+    h200.setattr(doctor, "_tried", lambda choice, device, weights: "triton-3 (attention: reference)")
     assert lines(settings)["kernels"].endswith(": triton-3 (attention: reference)")
 
-    def breaks(choice: JudgeChoice | None, device: str) -> str:
+    def breaks(choice: JudgeChoice | None, device: str, weights: str) -> str:
         raise OSError("no such\ncompiler")
 
     h200.setattr(doctor, "_tried", breaks)
