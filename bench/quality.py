@@ -124,7 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     formats = [Format.parse(name) for name in args.formats]
     try:
         configs = [each.config(args.device) for each in formats]
-        found = _measured(args, formats, configs)
+        head = result.header(args.device)  # of what runs: the files may change meanwhile
+        found = head | _measured(args, formats, configs)
     except (EngineError, RagateError) as error:
         raise SystemExit(str(error)) from error
     result.save(found, args.out)
@@ -166,7 +167,7 @@ def _measured(
             rows.append(row(each.name, checkpoint, compared, base, verdicts, said, items))
             rows[-1]["made_s"] = seconds
             print(_line(rows[-1]), flush=True)
-    return result.header(args.device) | {
+    return {
         "model": args.reference,
         "device": args.device,
         "reference": {"quantization": reference.quantization, "weights": reference.identity},
