@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -381,14 +382,10 @@ def test_a_quantized_folder_opens_and_answers_like_its_source(
     assert float((found - expected).norm() / expected.norm()) < (0.04 if bits == 8 else 0.4)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_transformers_finds_every_weight_under_its_own_name(name: str, method: str, tmp_path: Path) -> None:
+def in_transformers(made: Path, method: str):
+    """Transformers' model of a folder with 4 bits in groups of 32, its packed weights written out as plain ones."""
     import transformers as tf
 
-    source = open_checkpoint(tiny_folder(name, tmp_path / "source"))
-    made = tmp_path / "made"
-    quantize(source, made, method, 4, 32, sequences(128), "cpu")
     config = tf.AutoConfig.from_pretrained(made)
     stated = config.quantization_config
     assert (stated["quant_method"], stated["bits"], stated["group_size"]) == (method, 4, 32)
@@ -409,11 +406,136 @@ def test_transformers_finds_every_weight_under_its_own_name(name: str, method: s
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert unexpected == [] and [name for name in missing if name != "lm_head.weight"] == []
     model.tie_weights()
+    return model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_transformers_finds_every_weight_under_its_own_name(name: str, method: str, tmp_path: Path) -> None:
+    source = open_checkpoint(tiny_folder(name, tmp_path / "source"))
+    made = tmp_path / "made"
+    quantize(source, made, method, 4, 32, sequences(128), "cpu")
+    model = in_transformers(made, method)
     tokens = sequences(128, 1, 90)[0]
     with torch.no_grad():
         expected = model(torch.tensor([tokens])).logits[0]
     layers = shards_of(made, source.config, Recipe(method, 4, 32))
     assert (logits(source, tokens, layers) - expected).abs().max() < 1e-4
+
+
+class Shown(NamedTuple):
+    """One sequence in one layer, as the quantizer was shown it."""
+
+    entered: torch.Tensor
+    """The hidden states before the layer, [n, hidden]."""
+    stages: dict[str, torch.Tensor]
+    """The inputs of the linears, [n, in] by stage."""
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[Shown]:
+    """What calibration shows to the quantizers: the sequences of the first layer, then those of the second..."""
+    calls: list[Shown] = []
+
+    def spy(layer, config, index, tables, h, watch=None):
+        if watch is None:
+            return run_layer(layer, config, index, tables, h)
+        stages: dict[str, torch.Tensor] = {}
+        calls.append(Shown(h, stages))
+
+        def also(stage: str, x: torch.Tensor) -> None:
+            stages[stage] = x
+            watch(stage, x)
+
+        return run_layer(layer, config, index, tables, h, also)
+
+    monkeypatch.setattr(calibrate, "run_layer", spy)
+    return calls
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_each_layer_is_calibrated_on_what_the_quantized_layers_before_it_give(
+    method: str, tmp_path: Path, shown: list[Shown]
+) -> None:
+    """Against transformers, for a Gemma: layers that slide and one that does not, each kind with a rope of its own."""
+    import transformers as tf
+
+    folder, made = tiny_folder("gemma3", tmp_path / "source"), tmp_path / "made"
+    source = open_checkpoint(folder)
+    config, count = source.config, source.config.num_layers
+    assert {config.window_of(i) for i in range(count)} == {24, None} and config.rope_of(5) != config.rope_of(
+        0
+    )
+    assert config.sandwich_norm and config.embed_scale != 1
+    texts = [sequences(128, 1, 60)[0], sequences(128, 2, 41)[1]]
+    quantize(source, made, method, 4, 32, texts, "cpu")
+    assert len(shown) == count * len(texts)
+
+    quantized = in_transformers(made, method).model
+    exact = tf.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").float().eval().model
+    entered: dict[int, torch.Tensor] = {}
+    stages: dict[tuple[int, str], torch.Tensor] = {}
+
+    def note(found: dict[Any, torch.Tensor], key: object, module: torch.nn.Module) -> None:
+        module.register_forward_pre_hook(lambda _, inputs: found.update({key: inputs[0][0]}))
+
+    for i in range(count):
+        note(entered, i, quantized.layers[i])
+        layer = exact.layers[i]  # it has its own weights, and is given what the quantized layers hand on
+        layer.register_forward_pre_hook(lambda _, inputs, i=i: (entered[i][None], *inputs[1:]))
+        inner = (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.down_proj)
+        for stage, linear in zip(STAGES, inner, strict=True):
+            note(stages, (i, stage), linear)
+    for place, tokens in enumerate(texts):
+        with torch.no_grad():
+            quantized(torch.tensor([tokens]))
+            exact(torch.tensor([tokens]))
+        for i, call in enumerate(shown[place :: len(texts)]):
+            assert torch.allclose(call.entered, entered[i], rtol=1e-4, atol=1e-4), i
+            assert list(call.stages) == list(STAGES)
+            for stage, x in call.stages.items():
+                assert torch.allclose(x, stages[i, stage], rtol=1e-4, atol=1e-4), (i, stage)
+
+
+@pytest.mark.parametrize(("desc_act", "order"), [(False, "static"), (True, "grouped")])
+def test_gptq_rounds_columns_with_large_activations_first_and_keeps_groups_in_place_unless_asked(
+    desc_act: bool, order: str, tmp_path: Path, shown: list[Shown]
+) -> None:
+    """The stored codes of a first layer are the paper's for what was shown, but for ties in float32."""
+    source, texts = random_checkpoint(TINY), sequences()
+    chosen = {"desc_act": True} if desc_act else {}
+    quantize(source, tmp_path, "gptq", 4, 32, texts, "cpu", **chosen)
+    stored = load_file(shard_path(tmp_path, 0, TINY))
+    stated = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert stated["desc_act"] is desc_act
+    for leaf, stage in (("k", "qkv"), ("o", "o"), ("down", "down")):
+        x = torch.cat([call.stages[stage] for call in shown[: len(texts)]]).double()
+        hessian = 2 * x.T @ x / len(x)
+        weight = dense(source.load(f"layers.0.{leaf}"), torch.float64, CPU)
+        base = names.to_hf(f"layers.0.{leaf}", False).removesuffix("weight")
+        words = stored[f"{base}qweight"]
+        codes = torch.stack([words >> 4 * j & 15 for j in range(8)], dim=1).flatten(0, 1).T
+        expected, g_idx = plain_gptq(weight, hessian, 4, 32, False, order)
+        assert torch.equal(stored[f"{base}g_idx"].long(), g_idx)
+        assert float((codes == expected).float().mean()) > 0.99
+        other, _ = plain_gptq(weight, hessian, 4, 32, False, "given")
+        assert float((codes == other).float().mean()) < 0.95
+
+
+@pytest.mark.parametrize(("method", "desc_act"), [("rtn", False), ("gptq", False), ("gptq", True)])
+def test_no_zero_point_in_a_gptq_file_is_0(method: str, desc_act: bool, tmp_path: Path) -> None:
+    """Files store it minus one, and readers differ on what 0 - 1 is."""
+    whole = random_checkpoint(TINY)
+    positive = {"layers.0.gate": lambda: whole.load("layers.0.gate").abs()}
+    source = replace(whole, tensors={**whole.tensors, **positive})
+    quantize(source, tmp_path, method, 4, 32, sequences(), "cpu", desc_act=desc_act)
+    for i in range(TINY.num_layers):
+        for name, words in load_file(shard_path(tmp_path, i, TINY)).items():
+            if name.endswith("qzeros"):
+                less_one = torch.stack([words >> 4 * j & 15 for j in range(8)])
+                assert int(less_one.max()) <= 14, name  # 15 is what 0 - 1 becomes in 4 bits
+                if name.endswith("layers.0.mlp.gate_proj.qzeros"):
+                    assert int(less_one.max()) == 0
 
 
 @pytest.mark.parametrize(("arch", "tokenizer", "metadata"), [
