@@ -644,6 +644,7 @@ def logits_of_each(checkpoint: Checkpoint, texts: list[list[int]], layers: Layer
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+import torch
 from test_quantize import sequences
 from ragate_engine.quantize import quantize
 from ragate_engine.weights import open_checkpoint
@@ -657,7 +658,8 @@ def replace(temporary, path, real=os.replace):
     real(temporary, path)
 
 os.replace = replace
-source, folder, method = sys.argv[1:]
+source, folder, method, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
 quantize(open_checkpoint(source), Path(folder), method, 4, 32, sequences(), "cpu")
 """
 
@@ -674,7 +676,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(method: str, tmp_path: Pa
     killed = tmp_path / "killed"
     here = Path(__file__).parent
     ended = subprocess.run(
-        [sys.executable, "-c", KILLED, tmp_path / "source", killed, method],
+        [sys.executable, "-c", KILLED, tmp_path / "source", killed, method, str(torch.get_num_threads())],
         cwd=here.parent.parent, env={**__import__("os").environ, "PYTHONPATH": f"{here}:{here.parent.parent}"},
     )  # fmt: skip
     assert ended.returncode == -signal.SIGKILL
@@ -691,20 +693,47 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(method: str, tmp_path: Pa
     assert stamps == {name: (killed / name).stat().st_mtime_ns for name in stamps}  # they were not made again
 
 
+def stop(done: int, total: int) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_run_that_was_stopped_refuses_to_go_on_as_another(tmp_path: Path) -> None:
     source = random_checkpoint(TINY)
-
-    def stop(done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         quantize(source, tmp_path / "made", "gptq", 4, 32, sequences(), "cpu", stop)
     with pytest.raises(ConfigError) as refused:
         quantize(source, tmp_path / "made", "gptq", 8, 32, sequences(count=3), "cpu")
     assert str(refused.value) == (
-        f"{tmp_path / 'made'} holds an unfinished run with another bits, calibration: "
+        f"{tmp_path / 'made'} holds an unfinished run with another bits (4), calibration: "
         "give another folder, or delete it"
     )
+
+
+def test_a_run_goes_on_with_as_many_threads_as_it_began_with(tmp_path: Path, monkeypatch) -> None:
+    source, made = random_checkpoint(TINY), tmp_path / "made"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, made, "gptq", 4, 32, sequences(), "cpu", stop)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    with pytest.raises(ConfigError) as refused:
+        quantize(source, made, "gptq", 4, 32, sequences(), "cpu")
+    assert str(refused.value) == (
+        f"{made} holds an unfinished run with another threads (3): give another folder, or delete it"
+    )
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    quantize(source, made, "gptq", 4, 32, sequences(), "cpu")
+    assert (made / "config.json").exists()
+
+
+def test_a_run_goes_on_only_on_the_card_that_it_began_on(tmp_path: Path, monkeypatch) -> None:
+    """What is written and compared before a card is used: there is none here."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    settings = (random_checkpoint(TINY), tmp_path, Recipe("gptq", 4, 32), sequences(), torch.device("cuda"))
+    calibrate._prepare(*settings)
+    calibrate._prepare(*settings)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+    with pytest.raises(ConfigError, match=r"an unfinished run with another card \(NVIDIA H200\): give"):
+        calibrate._prepare(*settings)
 
 
 # --- refusals -------------------------------------------------------------------------------------------

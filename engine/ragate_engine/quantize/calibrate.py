@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 STATE = "quantizing.json"
 """In the folder while it is not finished: what is being made, so that only the same is resumed."""
 
+_DIGESTS = ("source", "calibration")
+"""Settings in `STATE` that are no words for people."""
+
 _VERSION = 1
 """Of the arithmetic: raised where the same settings give other bytes."""
 
@@ -69,6 +72,7 @@ def quantize(
 
     `calibration`: token sequences (rtn looks at none). `device`: auto, cpu (float32) or cuda (bfloat16 activations).
     `progress` gets layers done and all layers. Called again with the same arguments it resumes, with the same result.
+    The bits of gptq and awq depend on torch's number of threads, or on the card: a run goes on with the same only.
 
     Raises ConfigError (settings, a folder that holds something else, no room on the disk), ModelFileError (a damaged
     model), OutOfMemoryError.
@@ -273,13 +277,22 @@ def _prepare(
     if recipe.calibrated:
         lines = json.dumps([list(tokens) for tokens in calibration])
         settings["calibration"] = hashlib.sha256(lines.encode()).hexdigest()
+        # sums are split among threads, and by what the card is: that rounds them otherwise
+        if device.type == "cpu":
+            settings["threads"] = torch.get_num_threads()
+        else:
+            settings["card"] = torch.cuda.get_device_name(device)
     state = folder / STATE
     folder.mkdir(parents=True, exist_ok=True)
     if state.exists():
         before = read_json(state)
         if other := sorted(key for key in settings if before.get(key) != settings[key]):
+            # its own value is the way to go on with it; a digest tells nobody anything
+            said = [
+                f"{key} ({before[key]})" if key in before and key not in _DIGESTS else key for key in other
+            ]
             raise ConfigError(
-                f"{folder} holds an unfinished run with another {', '.join(other)}: give another folder, or delete it"
+                f"{folder} holds an unfinished run with another {', '.join(said)}: give another folder, or delete it"
             )
     elif any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ConfigError(f"{folder} already holds files: give another folder, or delete it")
