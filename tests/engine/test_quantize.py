@@ -804,6 +804,31 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"notes.txt": b"mine"}
 
 
+@pytest.mark.parametrize(
+    "lost", ["", "config.json", "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"]
+)
+def test_a_finished_folder_is_called_finished_and_left_alone(lost: str, tmp_path: Path) -> None:
+    source, made = random_checkpoint(TINY), tmp_path / "made"
+    quantize(source, made, "rtn", 4, 32, [], "cpu")
+    if lost:
+        (made / lost).unlink()
+    before = contents(made)
+    with pytest.raises(ConfigError) as refused:
+        quantize(source, made, "rtn", 4, 32, [], "cpu")
+    finished = "is finished, all its layers are there: give another folder, or delete it to make it again"
+    other = "already holds files: give another folder, or delete it"
+    assert str(refused.value) == f"{made} {other if lost else finished}"
+    assert contents(made) == before
+
+
+def test_a_file_where_the_folder_should_be_is_called_a_file(tmp_path: Path) -> None:
+    (tmp_path / "made").write_text("mine")
+    with pytest.raises(ConfigError) as refused:
+        quantize(random_checkpoint(TINY), tmp_path / "made", "rtn", 4, 32, [], "cpu")
+    assert str(refused.value) == f"{tmp_path / 'made'} is a file: give a folder, which need not be there yet"
+    assert (tmp_path / "made").read_text() == "mine"
+
+
 def test_a_disk_that_is_too_small_is_refused_with_what_is_missing(tmp_path: Path, monkeypatch) -> None:
     quantize(random_checkpoint(TINY), tmp_path / "made", "rtn", 4, 32, [], "cpu")
     needed = sum(path.stat().st_size for path in (tmp_path / "made").glob("*.safetensors"))

@@ -283,6 +283,8 @@ def _prepare(
         else:
             settings["card"] = torch.cuda.get_device_name(device)
     state = folder / STATE
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file: give a folder, which need not be there yet")
     folder.mkdir(parents=True, exist_ok=True)
     if state.exists():
         before = read_json(state)
@@ -294,6 +296,10 @@ def _prepare(
             raise ConfigError(
                 f"{folder} holds an unfinished run with another {', '.join(said)}: give another folder, or delete it"
             )
+    elif _is_finished(folder, source):
+        raise ConfigError(
+            f"{folder} is finished, all its layers are there: give another folder, or delete it to make it again"
+        )
     elif any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ConfigError(f"{folder} already holds files: give another folder, or delete it")
     missing = _bytes_to_write(source, folder, recipe) - free_bytes(folder)
@@ -302,6 +308,12 @@ def _prepare(
             f"{folder}: the disk lacks {missing / 1e9:.1f} GB for this model: free them, or take another"
         )
     write_whole(state, (json.dumps(settings, indent=1) + "\n").encode())
+
+
+def _is_finished(folder: Path, source: Checkpoint) -> bool:
+    """Is every file of a quantized `source` there, config.json, the last to be written, among them?"""
+    shards = [shard_path(folder, i, source.config) for i in range(source.config.num_layers + 1)]
+    return all(path.is_file() for path in (*shards, folder / "config.json"))
 
 
 def _bytes_to_write(source: Checkpoint, folder: Path, recipe: Recipe) -> int:
