@@ -21,8 +21,7 @@ import torch
 
 from bench import result
 from bench.invariance_cost import graph_of, medians, warm_up, weights_of
-from bench.random_model import QUANTIZED, SHAPES
-from ragate_engine.quant.tensor import QuantTensor
+from bench.random_model import QUANTIZED, SHAPES, draw_codes
 
 ROWS = (1, 16, 64, 256, 4096)
 ROTATE_BYTES = 300 << 20
@@ -83,8 +82,9 @@ def product_times(
     for name, (bits, group, beside) in KINDS.items():
         if width % group:
             continue
+        shape = (out // 2 if gated else out, width)
         halves = [
-            random_weight(out // 2 if gated else out, width, bits, group, beside) for _ in range(1 + gated)
+            draw_codes(half, shape, 0, "cuda", bits, group, beside) for half in ("gate", "up")[: 1 + gated]
         ]
         packed = quantized.pack_quantized(halves, gated)[0]
         dense = (
@@ -131,18 +131,6 @@ def clone(packed: Any) -> Any:
     """The same weight in other memory."""
     fields = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in vars(packed).items()}
     return type(packed)(**fields)
-
-
-def random_weight(out: int, width: int, bits: int, group: int, beside: str) -> QuantTensor:
-    """Uniform codes with scales about as large as those of a model's weights."""
-    middle = 1 << bits - 1
-    codes = torch.randint(0, 2 * middle, (out, width), dtype=torch.uint8, device="cuda")
-    scales = (torch.rand(out, width // group, device="cuda") * 0.4 + 0.8) * width**-0.5 / middle
-    if beside == "nothing":
-        signed = (codes.to(torch.int16) - middle).to(torch.int8)
-        return QuantTensor(bits, group, signed, scales, None, (out, width))
-    offsets = -middle * scales if beside == "zero" else -(middle - 0.5) * scales
-    return QuantTensor(bits, group, codes, scales, offsets, (out, width))
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def random_checkpoint(
     }
     if quantized is not None:
         for name, kind in _kinds(config, QUANTIZED[quantized]).items():
-            tensors[name] = partial(_draw_codes, name, names.expected(config)[name], seed, device, *kind)
+            tensors[name] = partial(draw_codes, name, names.expected(config)[name], seed, device, *kind)
     path = Path(f"random-{config.arch}-{seed}")
     return Checkpoint(path, config, None, tensors, quantized or "bfloat16", files=())
 
@@ -145,9 +145,10 @@ def _kinds(config: ModelConfig, quantized: Quantized) -> dict[str, tuple[int, in
     return found
 
 
-def _draw_codes(
+def draw_codes(
     name: str, shape: tuple[int, ...], seed: int, device: str, bits: int, group: int, beside: str
 ) -> QuantTensor:
+    """Uniform codes in groups, with variance 1 / fan-in; beside each scale nothing, a zero or an offset."""
     number = int.from_bytes(blake2b(f"{seed} {name}".encode(), digest_size=7).digest())
     generator = torch.Generator(device).manual_seed(number)
     middle = 1 << bits - 1

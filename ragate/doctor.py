@@ -172,12 +172,12 @@ def _room(settings: Settings, choice: catalog.JudgeChoice) -> str | None:
         config = EngineConfig(max_batch=settings.max_batch, kv_bytes=kv)
         kept = torch.bfloat16 if settings.kv_dtype == "auto" else torch.float8_e4m3fn
         block = block_bytes(checkpoint.config, kept)
-        packed = None
-        if settings.weights == "packed":
-            packed = budget.packed_bytes(
-                checkpoint.config, sum(file.stat().st_size for file in checkpoint.files)
-            )
-        need = budget.need_of(checkpoint.config, checkpoint.parameters, config, 2, block, MAX_PARTS, packed)
+        kept_bytes = budget.kept_bytes(
+            checkpoint.config, checkpoint.parameters, settings.weights, checkpoint.file_bytes
+        )
+        need = budget.need_of(
+            checkpoint.config, checkpoint.parameters, config, 2, block, MAX_PARTS, kept_bytes
+        )
         blocks = budget.kv_blocks(devices.card(), need)
     except EngineError as e:
         return f"it does not fit: {e} (`ragate models advise {choice.name or choice.path}` shows what would)"

@@ -9,6 +9,7 @@ is refused in a second; and after, from the memory that is then free, which give
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ragate_engine.config import BLOCK_SIZE, MAX_LEN, EngineConfig, ModelConfig
 from ragate_engine.devices import Card
@@ -58,6 +59,16 @@ class Need:
     def loaded(self) -> Need:
         """What is still to come once weights and rope tables are on the card."""
         return replace(self, weights=0, rope=0)
+
+
+def kept_bytes(
+    model: ModelConfig, parameters: int, weights: Literal["auto", "packed", "dense", "int8"], file_bytes: int
+) -> int | None:
+    """What weights take that are not unpacked, by the setting `weights`; `None` where they are dense."""
+    if weights == "packed":
+        return packed_bytes(model, file_bytes)
+    # a byte each, but for the embedding and the head
+    return parameters + 3 * model.vocab_size * model.hidden_size if weights == "int8" else None
 
 
 def packed_bytes(model: ModelConfig, file_bytes: int) -> int:

@@ -112,11 +112,7 @@ class Runner:
         self.device_name = here.name
         if own and config.weights in ("packed", "int8"):
             self.keep = config.weights
-        packed = None
-        if self.keep == "int8":
-            packed = checkpoint.parameters + 3 * model.vocab_size * model.hidden_size
-        elif self.keep == "packed":
-            packed = budget.packed_bytes(model, sum(file.stat().st_size for file in checkpoint.files))
+        kept = budget.kept_bytes(model, checkpoint.parameters, self.keep, checkpoint.file_bytes)
         need = budget.need_of(
             model,
             checkpoint.parameters,
@@ -124,7 +120,7 @@ class Runner:
             self.dtype.itemsize,
             block_bytes(model, kv_dtype),
             parts,
-            packed,
+            kept,
         )
         # refused before a byte is read; a window longer than the pool is cut to it
         self.max_len = min(need.window, budget.kv_blocks(here, need) * BLOCK_SIZE)

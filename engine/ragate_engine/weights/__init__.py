@@ -49,6 +49,11 @@ class Checkpoint:
         """How many weights there are; known from the header alone."""
         return sum(math.prod(shape) for shape in names.expected(self.config).values())
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the files; 0 for weights that are made."""
+        return sum(file.stat().st_size for file in self.files)
+
     def load(self, name: str) -> Weight:
         """Read a tensor from the file: dense ones keep their stored dtype. KeyError for an unknown name."""
         return self.tensors[name]()

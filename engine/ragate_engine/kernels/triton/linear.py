@@ -58,13 +58,18 @@ def pack_gated(gate: torch.Tensor, up: torch.Tensor) -> Packed:
 
 
 @triton.jit
-def _act(acc, GELU: tl.constexpr):
-    gate, up = tl.split(tl.reshape(acc, acc.shape[0], acc.shape[1] // 2, 2))
+def _act_mul(gate, up, GELU: tl.constexpr):
     z = gate
     if GELU:
         # tanh(t) = 2 sigmoid(2 t) - 1, so gelu_tanh(g) = g sigmoid(2 sqrt(2 / pi) (g + 0.044715 g^3))
         z = (gate + 0.044715 * gate * gate * gate) * 1.5957691216057308
     return gate / (1.0 + tl.exp(-z)) * up
+
+
+@triton.jit
+def _act(acc, GELU: tl.constexpr):
+    gate, up = tl.split(tl.reshape(acc, acc.shape[0], acc.shape[1] // 2, 2))
+    return _act_mul(gate, up, GELU)
 
 
 @triton.jit(do_not_specialize=["M"])

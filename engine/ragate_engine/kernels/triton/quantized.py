@@ -24,6 +24,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ragate_engine.kernels.triton import device
+from ragate_engine.kernels.triton.linear import _act_mul
 from ragate_engine.quant.tensor import QuantTensor
 
 PLANES = {2: (2, 0), 3: (2, 1), 4: (4, 0), 5: (4, 1), 6: (4, 2), 8: (4, 4)}
@@ -315,14 +316,6 @@ def _column(tile, INDEX: tl.constexpr, DIGITS: tl.constexpr):
     return tile.reshape(tile.shape[0])
 
 
-@triton.jit
-def _act(gate, up, GELU: tl.constexpr):
-    z = gate
-    if GELU:
-        z = (gate + 0.044715 * gate * gate * gate) * 1.5957691216057308
-    return gate / (1.0 + tl.exp(-z)) * up
-
-
 @triton.jit(do_not_specialize=["M"])
 def _quantized(
     x, low, high, scales, bias, y, count, M, N, K, stride, BM: tl.constexpr, BN: tl.constexpr, W: tl.constexpr,
@@ -400,7 +393,7 @@ def _quantized(
             acc += tl.load(bias + columns, columns < N, 0.0).to(tl.float32)[:, None]
         if GATED:
             gate, up = tl.split(acc.reshape(BN // 16, 2, 8, BM).permute(0, 2, 3, 1))
-            y.store([m, n // 2], _act(gate, up, GELU).reshape(BN // 2, BM).T.to(y.dtype))
+            y.store([m, n // 2], _act_mul(gate, up, GELU).reshape(BN // 2, BM).T.to(y.dtype))
         elif WIDE:
             rows = m + tl.arange(0, BM)
             at = y + rows[:, None].to(tl.int64) * stride + columns[None, :]
