@@ -149,7 +149,7 @@ def _q5_0(x: torch.Tensor) -> list[torch.Tensor]:
 
 def _q5_1(x: torch.Tensor) -> list[torch.Tensor]:
     low = x.amin(1) + 0.0  # zero is +0
-    scale = _part(x.amax(1) - low, 31.0)
+    scale = _part(x.amax(1) - low + 0.0, 31.0)  # nor is it -0 where zeros of both signs meet
     codes = ((x - low.unsqueeze(1)) * _inverse(scale).unsqueeze(1) + 0.5).clamp_(max=31).to(torch.uint8)
     return [_half(scale), _half(low), *_five_bits(codes)]
 
