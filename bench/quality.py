@@ -7,7 +7,7 @@ RAGTruth. Those that look at activations are calibrated on what a judge is asked
 `ragate models quantize` does: none of it is in --data.
 
 formats: rtn4-g128, gptq4-g128, awq4-g64 (method, bits, group), gptq4-g128-act (groups in the order of activations);
-         a mix of GGUF (Q2_K, Q4_0, Q4_K_M, Q5_K_M, Q8_0); a .gguf file or a folder; `reference` itself.
+         a mix of GGUF (Q2_K, Q4_0, Q4_K_M, Q5_K_M, Q6_K, Q8_0); a .gguf file or a folder; `reference` itself.
          On a card each may be followed by how it is run: +packed (its codes are kept), +int8 (products of int8),
          +fp8_e4m3 (the KV cache).
 

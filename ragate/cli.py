@@ -375,7 +375,9 @@ def refuse_unused(method: str) -> None:
 @click.option(
     "--method", type=click.Choice(["gptq", "awq", "rtn", "gguf"]), default="gptq", help="How [gptq]."
 )
-@click.option("--type", "mix", default="Q4_K_M", help="gguf: Q2_K, Q4_0, Q4_K_M, Q5_K_M or Q8_0 [Q4_K_M].")
+@click.option(
+    "--type", "mix", default="Q4_K_M", help="gguf: Q2_K, Q4_0, Q4_K_M, Q5_K_M, Q6_K or Q8_0 [Q4_K_M]."
+)
 @click.option("--bits", type=int, default=4, help="Bits of a weight [4].")
 @click.option("--group", type=int, default=128, help="Weights that share a scale; -1 is a whole row [128].")
 @click.option("--symmetric", is_flag=True, help="No zero points, as some fast kernels want it (rtn, gptq).")

@@ -80,16 +80,10 @@ def _packed_form(name: str, shape: tuple[int, ...], bits: int, group: int) -> Fo
 
 
 def _kind(name: str, shape: tuple[int, ...], mix: str, config: ModelConfig) -> Kind:
-    from ragate_engine.quant.formats import Kind
     from ragate_engine.weights import names
     from ragate_engine.weights.gguf_write import tensor_kind
 
-    if mix != "Q6_K":
-        return tensor_kind(names.to_gguf(name), shape, mix, config)
-    # every matrix alike, and what llama.cpp takes where no block of 256 or 32 fits
-    if len(shape) == 1:
-        return Kind.F32
-    return Kind.F16 if shape[1] % 32 else Kind.Q8_0 if shape[1] % 256 else Kind.Q6_K
+    return tensor_kind(names.to_gguf(name), shape, mix, config)
 
 
 def _form(kind: Kind) -> Form:

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import ggml
 import gguf
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from ragate_engine.runner import Runner
 from ragate_engine.weights import Checkpoint, names, open_checkpoint
 from ragate_engine.weights.gguf import model_config, read_header
 from ragate_engine.weights.gguf_vocab import vocabulary
-from ragate_engine.weights.gguf_write import tensor_kind, write_gguf
+from ragate_engine.weights.gguf_write import MIXES, tensor_kind, write_gguf
 from ragate_engine.weights.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def test_a_mix_has_as_many_tensors_of_each_type_as_llama_cpp_prints() -> None:
     """The counts of its loader's log, "- type q4_K: 193 tensors", for Llama 3 of 8B and 70B and Llama 2 of 7B."""
     assert kinds_of(LLAMA_8B, "Q4_K_M") == {"F32": 65, "Q4_K": 193, "Q6_K": 33}
     assert kinds_of(LLAMA_8B, "Q5_K_M") == {"F32": 65, "Q5_K": 193, "Q6_K": 33}
+    assert kinds_of(LLAMA_8B, "Q6_K") == {"F32": 65, "Q6_K": 226}
     assert kinds_of(LLAMA_8B, "Q4_0") == {"F32": 65, "Q4_0": 225, "Q6_K": 1}
     assert kinds_of(LLAMA_8B, "Q8_0") == {"F32": 65, "Q8_0": 226}
     assert kinds_of(LLAMA_8B, "Q2_K") == {"F32": 65, "Q2_K": 129, "Q3_K": 64, "Q4_K": 32, "Q6_K": 1}
@@ -164,6 +166,7 @@ def test_a_mix_has_as_many_tensors_of_each_type_as_llama_cpp_prints() -> None:
         ("Q4_0", "Q4_0", "Q8_0"),
         ("Q4_K_M", "Q5_0", "Q8_0"),
         ("Q5_K_M", "Q5_1", "Q8_0"),
+        ("Q6_K", "Q8_0", "Q8_0"),
     ],
 )
 def test_rows_that_no_block_of_256_divides_fall_back(mix: str, layer: str, head: str) -> None:
@@ -240,7 +243,8 @@ def test_llama_cpp_cuts_text_into_as_many_tokens(kind: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "mix"), [("llama", "Q2_K"), ("llama", "Q4_K_M"), ("qwen2", "Q5_K_M"), ("qwen2", "Q4_0")]
+    ("name", "mix"),
+    [("llama", "Q2_K"), ("llama", "Q4_K_M"), ("qwen2", "Q5_K_M"), ("qwen2", "Q4_0"), ("llama", "Q6_K")],
 )
 def test_logits_are_those_of_the_dequantized_weights(
     name: str, mix: str, folders: dict[str, Path], tmp_path: Path
@@ -255,6 +259,22 @@ def test_logits_are_those_of_the_dequantized_weights(
     with torch.no_grad():
         wanted = model(torch.tensor([tokens])).logits[0]
     assert (logits_after_each(opened(path), tokens) - wanted).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_written_matrix_has_the_bytes_of_ggmls_own_quantizer(
+    mix: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    source, path = open_checkpoint(folders["qwen2"]), tmp_path / "tiny.gguf"
+    write_gguf(source, path, mix, quietly)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert found["blk.3.ffn_up.weight"].tensor_type == int(MIXES[mix][1])
+    for name in source.names:
+        written, weights = found[names.to_gguf(name)], dense(source, name).numpy()
+        if weights.ndim == 2:
+            np.testing.assert_array_equal(
+                written.data, ggml.quantize(Kind(written.tensor_type), weights), name
+            )
 
 
 def test_half_precision_folders_and_unquantized_vectors(tmp_path: Path) -> None:
@@ -382,7 +402,9 @@ def test_a_quantized_file_is_quantized_from_what_its_weights_mean(tmp_path: Path
 
 
 def test_an_unknown_mix_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no GGUF mix 'Q9_K': take one of Q2_K, Q4_0, Q4_K_M, Q5_K_M, Q8_0"):
+    with pytest.raises(
+        ConfigError, match="no GGUF mix 'Q9_K': take one of Q2_K, Q4_0, Q4_K_M, Q5_K_M, Q6_K, Q8_0"
+    ):
         write_gguf(open_checkpoint(folders["llama"]), tmp_path / "x.gguf", "Q9_K", quietly)
 
 

@@ -51,7 +51,8 @@ def test_an_unknown_mix_is_bad_input(model: Path, capsys: pytest.CaptureFixture[
     code = run(["models", "quantize", "tiny", "small.gguf", "--method", "gguf", "--type", "Q9"])
     assert code == 4
     assert (
-        "there is no GGUF mix 'Q9': take one of Q2_K, Q4_0, Q4_K_M, Q5_K_M, Q8_0" in capsys.readouterr().err
+        "there is no GGUF mix 'Q9': take one of Q2_K, Q4_0, Q4_K_M, Q5_K_M, Q6_K, Q8_0"
+        in capsys.readouterr().err
     )
     assert not Path("small.gguf").exists()
 

@@ -40,6 +40,7 @@ MIXES = {
     "Q4_0": (2, Kind.Q4_0),
     "Q4_K_M": (15, Kind.Q4_K),
     "Q5_K_M": (17, Kind.Q5_K),
+    "Q6_K": (18, Kind.Q6_K),
     "Q8_0": (7, Kind.Q8_0),
 }
 """What can be written: its number (`llama_ftype` in llama.h), and the type of most of its matrices."""
