@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 from ragate_engine.config import RopeConfig
 from ragate_engine.kernels import StepInputs
 from ragate_engine.quant.tensor import QuantTensor
+from ragate_engine.rope import frequencies
 
 Weight = torch.Tensor | QuantTensor
 
@@ -167,26 +167,8 @@ class Embedding:
 def rope_tables(
     rope: RopeConfig, head_dim: int, max_len: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, float32 [max_len, rotary_dim / 2], from angles worked out in float64.
-
-    Sources: Su et al. 2021, eq. 34; `linear` Chen et al. 2023; `llama3` as in the Llama 3.1 release.
-    """
-    rotary = int(head_dim * rope.partial)
-    inverse = rope.theta ** -(np.arange(0, rotary, 2, dtype=np.float64) / rotary)
-    if rope.scaling == "linear":
-        inverse = inverse / rope.factor
-    elif rope.scaling == "llama3":
-        wavelength = 2 * math.pi / inverse
-        low = rope.original_max_len / rope.low_freq_factor
-        high = rope.original_max_len / rope.high_freq_factor
-        smooth = (rope.original_max_len / wavelength - rope.low_freq_factor) / (
-            rope.high_freq_factor - rope.low_freq_factor
-        )
-        blended = (1 - smooth) * inverse / rope.factor + smooth * inverse
-        inverse = np.where(
-            wavelength > low, inverse / rope.factor, np.where(wavelength < high, inverse, blended)
-        )
-    angles = np.arange(max_len, dtype=np.float64)[:, None] * inverse
+    """cos and sin, float32 [max_len, rotary_dim / 2], from angles worked out in float64 (Su et al. 2021, eq. 34)."""
+    angles = np.arange(max_len, dtype=np.float64)[:, None] * frequencies(rope, head_dim)
     return (
         torch.from_numpy(np.cos(angles).astype(np.float32)).to(device),
         torch.from_numpy(np.sin(angles).astype(np.float32)).to(device),

@@ -22,6 +22,7 @@ from ragate_engine.config import ModelConfig, RopeConfig
 from ragate_engine.errors import ConfigError, ModelFileError
 from ragate_engine.quant import formats
 from ragate_engine.quant.formats import Kind
+from ragate_engine.rope import divisors
 from ragate_engine.weights import names
 from ragate_engine.weights.fields import Fields
 from ragate_engine.weights.stream import Source, Stored, Weight
@@ -332,16 +333,12 @@ def _llama3_rope(file: GGUFFile, meta: Fields, theta: float, head_dim: int) -> R
     """Llama 3.1 files store what each frequency is divided by: find the parameters that give that."""
     info = file.tensors["rope_freqs.weight"]
     _require_readable(file, info)
-    divisors = stored(file, info)()
+    found = stored(file, info)()
     original = meta.get("rope.scaling.original_context_length", int) or 8192
-    plain = divisors.float() if isinstance(divisors, torch.Tensor) else torch.empty(0)
+    plain = found.float() if isinstance(found, torch.Tensor) else torch.empty(0)
     if plain.shape == (head_dim // 2,) and bool((plain >= 1).all()):
         rope = RopeConfig(theta, "llama3", float(plain.max()), 1.0, 4.0, original)
-        turns = original * theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
-        smooth = np.clip(
-            (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1
-        )
-        if np.allclose(plain.numpy(), 1 / ((1 - smooth) / rope.factor + smooth), rtol=1e-3):
+        if np.allclose(plain.numpy(), divisors(rope, head_dim), rtol=1e-3):
             return rope
     meta.refuse("rope_freqs.weight is not the scaling of Llama 3.1, the only one this engine knows")
 

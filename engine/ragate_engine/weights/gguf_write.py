@@ -23,6 +23,7 @@ from ragate_engine.errors import ConfigError, ModelFileError
 from ragate_engine.quant.encode import encode
 from ragate_engine.quant.formats import SIZES, Kind
 from ragate_engine.quant.tensor import QuantTensor
+from ragate_engine.rope import divisors
 from ragate_engine.weights import Checkpoint, gguf, gguf_vocab, names
 from ragate_engine.weights.gguf import GGUFFile, Order, TensorInfo
 from ragate_engine.weights.stream import Source, Stored
@@ -310,18 +311,12 @@ def _tensors(source: Checkpoint, config: ModelConfig) -> Iterator[_Tensor]:
 def _rope_divisors(path: Path, config: ModelConfig) -> _Tensor:
     """Llama 3.1's scaling as llama.cpp stores it: what each frequency is divided by."""
     rope = config.rope
-    turns = (
-        rope.original_max_len
-        * rope.theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
-        / (2 * np.pi)
-    )
-    smooth = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
-    divisors = torch.from_numpy(1 / ((1 - smooth) / rope.factor + smooth)).float()
-    if (rope.low_freq_factor, rope.high_freq_factor) != (1.0, 4.0) or float(divisors.max()) != rope.factor:
+    stored = torch.from_numpy(divisors(rope, config.head_dim))
+    if (rope.low_freq_factor, rope.high_freq_factor) != (1.0, 4.0) or float(stored.max()) != rope.factor:
         raise ConfigError(
             f"{path}: its rope is scaled by other factors than Llama 3.1's, which GGUF cannot state"
         )
-    return _Tensor("rope_freqs.weight", tuple(divisors.shape), Kind.F32, (lambda: divisors,))
+    return _Tensor("rope_freqs.weight", tuple(stored.shape), Kind.F32, (lambda: stored,))
 
 
 def _check_described(
