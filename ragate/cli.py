@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ragate.config import Settings
+    from ragate.gate.baseline import Baseline
     from ragate.gate.verdict import GateResult
     from ragate.run import Run
 
@@ -44,6 +45,30 @@ def cli(debug: bool) -> None:
     """Evaluate a RAG system and gate its changes, judged by a model that runs on your own machine."""
 
 
+def gate_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that `eval`, `doctor` and `check` share: how a verdict is found."""
+    options = [
+        click.option("--threshold", type=float, help="The drop that fails [0.05]."),
+        click.option(
+            "--threshold-mode", type=click.Choice(["relative", "absolute"]), help="Of what [relative]."
+        ),
+        click.option(
+            "--strategy",
+            type=click.Choice(["significant", "point"]),
+            help="Whether chance is allowed for, or the mean alone decides [significant].",
+        ),
+        click.option(
+            "--on-inconclusive",
+            type=click.Choice(["auto", "fail", "warn"]),
+            help="What INCONCLUSIVE does; auto fails where a mean fell by its limit [auto].",
+        ),
+        click.option("--release", help="Baseline of the last release, to be held against too."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that `eval` and `doctor` share; everything is also a key of ragate.toml."""
     options = [
@@ -54,9 +79,10 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--target", help="What answers: stored, module:callable, http://… or cmd:…"),
         click.option("--baseline", help="Baseline file [baselines/SUITE.json]."),
-        click.option("--threshold", type=float, help="The drop that fails [0.05]."),
         click.option(
-            "--threshold-mode", type=click.Choice(["relative", "absolute"]), help="Of what [relative]."
+            "--reserve",
+            type=click.Choice(["auto", "always", "never"]),
+            help="When the reserve is judged; auto: once if INCONCLUSIVE, and for a baseline [auto].",
         ),
         click.option(
             "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the judge runs [auto]."
@@ -71,7 +97,7 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ]
     for option in reversed(options):
         command = option(command)
-    return command
+    return gate_options(command)
 
 
 def settings_of(flags: dict[str, Any]) -> Settings:
@@ -90,17 +116,26 @@ def settings_of(flags: dict[str, Any]) -> Settings:
 def eval_(update_baseline: bool, force: bool, format_: str, quiet: bool, **flags: Any) -> int:
     """Score a test set, compare with the baseline, write the reports. Resumes by itself.
 
-    Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 INVALID (or no baseline), 4 bad input, 130 interrupted.
+    Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE (0 where it only warns), 3 INVALID (or no baseline), 4 bad input,
+    130 interrupted.
     """
     from ragate.progress import Progress
-    from ragate.suite import keep_baseline, out_folder, run_suite, suite_of, verdict_of, write_reports
+    from ragate.suite import (
+        keep_baseline,
+        load_release,
+        out_folder,
+        run_suite,
+        suite_of,
+        verdict_of,
+        write_reports,
+    )
 
     settings = settings_of(flags)
     progress = Progress(console(stderr=True), quiet=quiet)
     try:
         with progress:
             outcome = run_suite(
-                settings, progress.say, progress.on_event, replaces=update_baseline and not force
+                settings, progress.say, progress.on_event, update=update_baseline, force=force
             )
     except KeyboardInterrupt:
         folder = out_folder(settings, suite_of(settings))
@@ -111,11 +146,11 @@ def eval_(update_baseline: bool, force: bool, format_: str, quiet: bool, **flags
         return EXIT_INTERRUPTED
     gate, baseline = outcome.gate, outcome.baseline
     if update_baseline:
-        baseline = keep_baseline(outcome.run, outcome.baseline_path, force=force)
-        gate = verdict_of(settings, baseline, outcome.run)
+        baseline = keep_baseline(settings, outcome.run, outcome.baseline_path, force=force)
+        gate = verdict_of(settings, baseline, outcome.run, load_release(settings))
         write_reports(outcome.written[0].parent, outcome.run, gate, baseline, outcome.timings)
     if format_ == "text":
-        show_run(outcome.run, gate)
+        show_run(outcome.run, gate, baseline)
         out = console()
         out.print(progress.summary(outcome.timings), style="dim", markup=False)
         for path in outcome.written:
@@ -134,14 +169,20 @@ def eval_(update_baseline: bool, force: bool, format_: str, quiet: bool, **flags
     return gate.exit_code
 
 
-def show_run(run: Run, gate: GateResult | None) -> None:
-    """The result table, and the verdict where there is one."""
+def show_run(run: Run, gate: GateResult | None, baseline: Baseline | None) -> None:
+    """The result table, and where there is one the verdict and how old its baseline is."""
+    from datetime import UTC, datetime
+
+    from ragate.gate.baseline import age_of
     from ragate.report.terminal import print_gate, print_run
 
     if gate is None:
         print_run(console(), run)
     else:
         print_gate(console(), run, gate)
+    if baseline is not None:
+        age = age_of(baseline, datetime.now(UTC), Path.cwd())
+        console().print(f"baseline {plain(age)}", style="dim", markup=False)
 
 
 def show_machine(run: Run, gate: GateResult | None, baseline: Any, format_: str) -> None:
@@ -163,33 +204,37 @@ def show_machine(run: Run, gate: GateResult | None, baseline: Any, format_: str)
 
 
 @cli.command()
-@click.option(
-    "--baseline", "base", required=True, type=click.Path(path_type=Path), help="Baseline file, or a run."
-)
-@click.option("--current", required=True, type=click.Path(path_type=Path), help="Run folder or run.json.")
+@click.argument("paths", metavar="BASELINE RUN", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--baseline", "base", type=click.Path(path_type=Path), help="BASELINE: its file, or a run.")
+@click.option("--current", type=click.Path(path_type=Path), help="RUN: its folder or run.json.")
 @click.option("--metrics", help="Compare only these [all of both; one that a side lacks is INVALID].")
-@click.option("--threshold", type=float, help="The drop that fails [0.05].")
-@click.option("--threshold-mode", type=click.Choice(["relative", "absolute"]), help="Of what [relative].")
+@gate_options
 @click.option("--format", "format_", type=FORMATS, default="text", help="What goes to stdout.")
-def check(base: Path, current: Path, metrics: str | None, format_: str, **flags: Any) -> int:
-    """Gate two stored runs; needs no model. The threshold may stand in ragate.toml.
+def check(
+    paths: tuple[Path, ...],
+    base: Path | None,
+    current: Path | None,
+    metrics: str | None,
+    format_: str,
+    **flags: Any,
+) -> int:
+    """Gate a stored run; needs no model. How it is gated may stand in ragate.toml.
 
-    Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 INVALID.
+    Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE (0 where it only warns), 3 INVALID.
     """
-    from ragate.gate.verdict import decide
-    from ragate.suite import load_base, load_stored
+    from ragate.suite import load_base, load_release, load_stored, verdict_of
 
+    named = [path for path in (base, current) if path is not None]
+    if len(named) + len(paths) != 2 or (named and paths):
+        raise click.UsageError("give a baseline and a run: `ragate check BASELINE RUN`")
+    first, second = named or paths
     settings = settings_of(flags | {"metrics": metrics})
-    baseline, run = load_base(base), load_stored(current)
-    gate = decide(
-        baseline,
-        run,
-        threshold=settings.threshold,
-        mode=settings.threshold_mode,
-        metrics=None if metrics is None else settings.metrics,
+    baseline, run = load_base(first), load_stored(second)
+    gate = verdict_of(
+        settings, baseline, run, load_release(settings), None if metrics is None else settings.metrics
     )
     if format_ == "text":
-        show_run(run, gate)
+        show_run(run, gate, baseline)
     else:
         show_machine(run, gate, baseline, format_)
     return gate.exit_code
@@ -222,26 +267,99 @@ def baseline_set(run: Path | None, path: Path | None, force: bool) -> int:
 
     found, _, settings = stored_run(run)
     path = path or baseline_of_suite(settings, found.suite)
-    kept = keep_baseline(found, path, force=force)
-    means = ", ".join(f"{m} {found.mean(m) or 0:.3f}" for m in found.metrics)
-    click.echo(f"wrote {path}: {len(kept.items)} items, {means}")
+    kept = keep_baseline(settings, found, path, force=force)
+    say_kept(found, kept, path)
+    return 0
+
+
+def say_kept(run: Run, kept: Baseline, path: Path) -> None:
+    """What has become the baseline."""
+    means = ", ".join(f"{m} {run.mean(m) or 0:.3f}" for m in run.metrics)
+    reserve = f", {len(kept.reserve)} of them in reserve" if kept.reserve else ""
+    click.echo(f"wrote {path}: {len(kept.items)} items{reserve}, {means}")
     click.echo("commit it, so that pull requests are compared with it")
+
+
+@baseline.command("bless")
+@RUN_ARGUMENT
+@click.option(
+    "--baseline", "path", type=click.Path(path_type=Path), help="Baseline file [baselines/SUITE.json]."
+)
+@click.option("--reason", help="Why it is accepted: kept in the file, for whoever reviews it.")
+@click.option("--force", is_flag=True, help="Even if the baseline loses metrics.")
+def baseline_bless(run: Path | None, path: Path | None, reason: str | None, force: bool) -> int:
+    """Accept a stored run in place of the baseline there is, and show what that changes."""
+    from ragate.gate.baseline import diff_baselines, load_baseline
+    from ragate.report.terminal import print_baseline_diff
+    from ragate.suite import baseline_of_suite, keep_baseline
+
+    found, _, settings = stored_run(run)
+    path = path or baseline_of_suite(settings, found.suite)
+    old = load_baseline(path)
+    kept = keep_baseline(settings, found, path, force=force, reason=reason)
+    print_baseline_diff(console(), diff_baselines(old, kept))
+    say_kept(found, kept, path)
+    return 0
+
+
+@baseline.command("rescore")
+@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.option("--judge", help="Who judges [as `eval`].")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the judge runs [auto].")
+@click.option("--testset", help="The suite's test set [that of ragate.toml].")
+@click.option("--baseline", help="Baseline file [baselines/SUITE.json].")
+@click.option("--quiet", "-q", is_flag=True, help="No progress.")
+def baseline_rescore(run: Path | None, quiet: bool, **flags: Any) -> int:
+    """Judge the baseline's stored answers anew: after a change of judge, prompts or versions, not of the system.
+
+    RUN is the run that the baseline was made of; by default the copy that `baseline set` left in .ragate.
+    """
+    from ragate.gate.baseline import diff_baselines, load_baseline
+    from ragate.progress import Progress
+    from ragate.report.terminal import print_baseline_diff
+    from ragate.suite import (
+        baseline_of_suite,
+        baseline_run,
+        keep_rescored,
+        load_stored,
+        refuse_other_answers,
+        rescore,
+        suite_of,
+    )
+
+    settings = settings_of(flags)
+    place = run if run is not None else baseline_run(settings, suite_of(settings))
+    stored = load_stored(place)
+    path = baseline_of_suite(settings, stored.suite)
+    old = load_baseline(path)
+    refuse_other_answers(old, stored, place)
+    with Progress(console(stderr=True), quiet=quiet) as progress:
+        judged = rescore(settings, stored, old.metrics, progress.say, progress.on_event)
+    new = keep_rescored(settings, judged, old, path)
+    print_baseline_diff(console(), diff_baselines(old, new))
+    say_kept(judged, new, path)
     return 0
 
 
 @baseline.command("show")
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 def baseline_show(path: Path | None) -> int:
-    """Print what a baseline holds."""
-    from ragate.gate.baseline import load_baseline, mean
+    """Print what a baseline holds, and how old it is."""
+    from datetime import UTC, datetime
+
+    from ragate.gate.baseline import age_of, load_baseline, mean
     from ragate.suite import baseline_of_suite, suite_of
 
     if path is None:
         settings = settings_of({})
         path = baseline_of_suite(settings, suite_of(settings))
     found = load_baseline(path)
-    click.echo(f"{path}: suite {found.suite}, {len(found.items)} items, judge {found.judge}")
+    reserve = f" ({len(found.reserve)} in reserve)" if found.reserve else ""
+    click.echo(f"{path}: suite {found.suite}, {len(found.items)} items{reserve}, judge {found.judge}")
     click.echo(f"made {found.date.isoformat()} at commit {(found.commit or 'unknown')[:12]}")
+    click.echo(plain(age_of(found, datetime.now(UTC), Path.cwd())))
+    if found.reason:
+        click.echo(f"accepted because: {plain(found.reason)}")
     for metric in found.metrics:
         values = [row[metric] for row in found.items.values() if isinstance(row.get(metric), float | int)]
         average = mean(float(v) for v in values)
@@ -273,12 +391,19 @@ def baseline_diff(run: Path | None, path: Path | None) -> int:
 )
 def report(run: Path | None, path: Path | None) -> int:
     """Make report.html and comment.md again from a stored run; needs no model."""
-    from ragate.suite import baseline_of_suite, load_base, load_timings, verdict_of, write_reports
+    from ragate.suite import (
+        baseline_of_suite,
+        load_base,
+        load_release,
+        load_timings,
+        verdict_of,
+        write_reports,
+    )
 
     found, folder, settings = stored_run(run)
     usual = baseline_of_suite(settings, found.suite)
     base = load_base(path or usual) if path or usual.exists() else None
-    gate = verdict_of(settings, base, found) if base else None
+    gate = verdict_of(settings, base, found, load_release(settings)) if base else None
     for written in write_reports(folder, found, gate, base, load_timings(folder)):
         click.echo(f"wrote {written}")
     return 0

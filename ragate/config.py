@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ragate.errors import ConfigError
+from ragate.gate.verdict import Mode, OnInconclusive, Rule, Strategy
 from ragate.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -62,6 +63,23 @@ def _table(value: object) -> object:
         raise ValueError("expected a JSON object") from None
 
 
+def _rules(value: object) -> object:
+    """Metric -> what it is held to, as tables, or as JSON text from the environment; metrics in either spelling."""
+    value = _table(value)
+    if not isinstance(value, dict):
+        return value
+    rules: dict[str, object] = {}
+    for given, rule in value.items():
+        names = _metric_names([given])
+        assert isinstance(names, tuple)
+        if names[0] in rules:
+            raise ValueError(f"{names[0]} is there twice")
+        rules[names[0]] = (
+            {k.replace("-", "_"): v for k, v in rule.items()} if isinstance(rule, dict) else rule
+        )
+    return rules
+
+
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
 
@@ -92,8 +110,23 @@ class Settings(BaseModel):
     """Baseline file; by default baselines/SUITE.json."""
     threshold: float = Field(0.05, gt=0, le=1, allow_inf_nan=False)
     """The drop of a metric that fails: a share of the baseline's mean, or points when the mode is absolute."""
-    threshold_mode: Literal["relative", "absolute"] = "relative"
+    threshold_mode: Mode = "relative"
     """Whether the threshold is relative to the baseline's mean or in points of the score."""
+    gate: Annotated[dict[str, Rule], BeforeValidator(_rules)] = Field(default_factory=dict)
+    """What differs for one metric: in a file the table [gate.METRIC] with `threshold`, `threshold_mode` and `min`, the
+    mean below which it fails whatever the baseline was."""
+    strategy: Strategy = "significant"
+    """How a drop decides: `significant` fails what is not chance and passes what is surely below the limit; `point`
+    looks at the mean drop alone."""
+    on_inconclusive: OnInconclusive = "auto"
+    """What a verdict that stays INCONCLUSIVE does: `fail` (exit 2), `warn` (exit 0), or `auto`: fail where a mean fell
+    by its limit or more."""
+    reserve: Literal["auto", "always", "never"] = "auto"
+    """When the test set's reserve is judged: `auto` is once where the others are INCONCLUSIVE, and for a baseline."""
+    release: str | None = None
+    """Baseline file of the last release: the run is held against it too, so that small losses do not add up."""
+    judge_accuracy: float | None = Field(None, gt=0.5, le=1, allow_inf_nan=False)
+    """The judge's balanced accuracy on human-labelled data, where known: a weak judge shows only part of a drop."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the judge runs; `auto` takes a card where there is one."""
     limit: int | None = Field(None, ge=1)
@@ -123,7 +156,7 @@ class Settings(BaseModel):
 KEYS = tuple(name for name in Settings.model_fields if name not in ("root", "origins"))
 """The names that can be set."""
 
-_PATHS = ("testset", "baseline", "out", "judge")
+_PATHS = ("testset", "baseline", "release", "out", "judge")
 
 
 def load_settings(flags: Mapping[str, Any], cwd: Path) -> Settings:
@@ -259,6 +292,9 @@ def _sentence(error: ValidationError, found: Mapping[str, tuple[str, Any]]) -> s
     first = error.errors()[0]
     name = str(first["loc"][0])
     origin, value = found[name]
+    if len(first["loc"]) > 1 and name == "gate":  # inside a table of tables: say where
+        name, value = ".".join(map(str, first["loc"])), first["input"]
+        origin = f"{origin}: {name}" if origin.startswith(("--", "RAGATE_")) else origin
     message = str(first["msg"]).removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if first["type"] != "value_error":

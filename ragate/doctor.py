@@ -59,6 +59,8 @@ def findings(settings: Settings) -> Iterator[str]:
             if name in ("judge", "target"):
                 value = shown(value)
             text = ",".join(value) if isinstance(value, tuple) else "not set" if value is None else value
+            if name == "gate":
+                text = {metric: rule.model_dump(exclude_none=True) for metric, rule in value.items()}
             yield f"  {name:16} {text!s:40} {settings.origins.get(name, 'default')}"
 
 

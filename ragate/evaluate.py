@@ -90,6 +90,27 @@ class Timings(Frozen):
     """Differences of the engine's counters over this evaluation; phases as `seconds_<phase>`."""
 
 
+def both_timings(first: Timings, second: Timings) -> Timings:
+    """What two evaluations with one judge and one journal cost together."""
+
+    def total(one: int | None, other: int | None) -> int | None:
+        return None if one is None or other is None else one + other
+
+    def added(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+        return {name: round(one.get(name, 0) + other.get(name, 0), 3) for name in {**one, **other}}
+
+    return Timings(
+        seconds=added(first.seconds, second.seconds),
+        calls_judged=first.calls_judged + second.calls_judged,
+        calls_resumed=first.calls_resumed + second.calls_resumed,
+        answers_resumed=first.answers_resumed + second.answers_resumed,
+        call_ms=first.call_ms | second.call_ms,
+        prompt_tokens_sent=total(first.prompt_tokens_sent, second.prompt_tokens_sent),
+        prompt_tokens_computed=total(first.prompt_tokens_computed, second.prompt_tokens_computed),
+        engine=added(first.engine, second.engine),
+    )
+
+
 def ignore(event: Event) -> None:
     """An `on_event` that does nothing."""
 
@@ -105,12 +126,16 @@ def evaluate(
     judge_note: str | None = None,
     on_event: Callable[[Event], None] = ignore,
     call_timeout: float = CALL_TIMEOUT,
+    ends: bool = True,
 ) -> tuple[Run, Timings]:
     """Score the items of `testset` by each metric and return the run and its timings.
 
     Answers come from `target`, or from the test set without one. A score times out when neither judge,
     embeddings nor target have moved for `call_timeout` seconds. What failed is a state of its score, not an
     exception.
+
+    A run that may go on with the reserve does not end here (`ends`): until its journal has a `DoneEntry`, the
+    target's answers are good for the next run.
 
     Raises ConfigError (unknown metric, no embeddings for answer relevance), TargetError, RunError (full disk,
     engine lost). On KeyboardInterrupt the journal is flushed first; running again with the same journal goes
@@ -127,6 +152,7 @@ def evaluate(
             judge_note=judge_note,
             on_event=on_event,
             call_timeout=call_timeout,
+            ends=ends,
         )
     )
 
@@ -142,6 +168,7 @@ async def aevaluate(
     judge_note: str | None = None,
     on_event: Callable[[Event], None] = ignore,
     call_timeout: float = CALL_TIMEOUT,
+    ends: bool = True,
 ) -> tuple[Run, Timings]:
     """As `evaluate`, inside a running event loop (a notebook)."""
     rows = metrics_named(metrics)
@@ -153,7 +180,8 @@ async def aevaluate(
         fields = await fingerprint(judge, rows, embeddings)
         evaluation.seconds["prepare"] = time.perf_counter() - evaluation.started
         items, scores, records = await evaluation.run()
-        journal.append(DoneEntry())
+        if ends:
+            journal.append(DoneEntry())
     finally:
         await judge.aclose()
         journal.flush()
@@ -162,6 +190,7 @@ async def aevaluate(
         suite=testset.name,
         testset=testset.source,
         testset_hash=testset.hash,
+        reserve_hash=testset.reserve_hash if any(item.reserve for item in items) else None,
         metrics=tuple(metric.name for metric in rows),
         judge=judge.name,
         judge_note=judge_note,
@@ -298,6 +327,7 @@ class _Evaluation:
             kind=item.kind,
             cluster=item.cluster,
             critical=item.critical,
+            reserve=item.reserve,
             error=error,
             line=item.line,
         )

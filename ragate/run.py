@@ -84,6 +84,8 @@ class ItemRecord(Frozen):
     kind: str | None = None
     cluster: str | None = None
     critical: bool = False
+    reserve: bool = False
+    """Of the test set's reserve: scored only where the others could not tell, or for a baseline."""
     error: str | None = None
     """Why the target gave no answer, where it did not."""
     line: int | None = None
@@ -109,7 +111,9 @@ class Run(Frozen):
     testset: str
     """Path or name as given."""
     testset_hash: str
-    """sha256 over the items' id, question and reference."""
+    """sha256 over id, question and reference of the items that are not of the reserve."""
+    reserve_hash: str | None = None
+    """The same of the reserve's items, where the run has them."""
     metrics: tuple[str, ...]
     judge: str
     """Catalogue name, path or URL of the judge."""
@@ -159,6 +163,26 @@ class Run(Frozen):
 
         cells = {metric: self.values(metric) for metric in self.metrics}
         return pd.DataFrame(cells, index=[item.id for item in self.items], dtype=float)
+
+
+def joined(core: Run, reserve: Run) -> Run:
+    """The run over the items of both, as if all had been judged at once. Both must be of one suite and judge."""
+    calls = core.calls | reserve.calls
+    return core.model_copy(
+        update={
+            "reserve_hash": reserve.reserve_hash,
+            "items": core.items + reserve.items,
+            "scores": core.scores + reserve.scores,
+            "calls": calls,
+            "prompt_heads": core.prompt_heads | reserve.prompt_heads,
+            "tokens": Tokens(
+                calls=core.tokens.calls + reserve.tokens.calls,
+                distinct_calls=len(calls),
+                prompt_tokens=sum(call.prompt_tokens for call in calls.values()),
+                output_tokens=sum(call.output_tokens for call in calls.values()),
+            ),
+        }
+    )
 
 
 def fingerprint_id(fields: dict[str, str]) -> str:

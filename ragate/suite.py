@@ -23,8 +23,8 @@ from ragate.gate.baseline import (
     load_baseline,
     save_baseline,
 )
-from ragate.gate.verdict import GateResult, decide
-from ragate.run import Run, load_run, save_run
+from ragate.gate.verdict import EVALUATE_RESERVE, GateResult, decide
+from ragate.run import Run, joined, load_run, save_run
 
 if TYPE_CHECKING:
     from ragate.config import Settings
@@ -48,6 +48,11 @@ class Outcome:
     baseline_path: Path
     timings: dict[str, object]
     written: tuple[Path, ...]
+
+
+def baseline_run(settings: Settings, suite: str) -> Path:
+    """Where the run that the suite's baseline was made of is kept, with its answers: they can be judged again."""
+    return out_folder(settings, suite) / "baseline" / "run.json"
 
 
 def out_folder(settings: Settings, suite: str) -> Path:
@@ -85,15 +90,22 @@ def load_suite(settings: Settings) -> TestSet:
 
 
 def run_suite(
-    settings: Settings, say: Say, on_event: Callable[[Event], None], *, replaces: bool = False
+    settings: Settings,
+    say: Say,
+    on_event: Callable[[Event], None],
+    *,
+    update: bool = False,
+    force: bool = False,
 ) -> Outcome:
     """Evaluate as `settings` say; writes run.json, timings.json, report.html and comment.md into the run folder.
 
-    A run that `replaces` the baseline is refused before the judging where the baseline has more metrics.
+    The reserve is judged once where the verdict is INCONCLUSIVE without it and the baseline holds it, and from the
+    start where the run is to `update` the baseline. Such a run is refused before the judging where the baseline has
+    more metrics, unless there is `force`.
 
     Raises RagateError or EngineError with one sentence; KeyboardInterrupt after the journal is safe.
     """
-    from ragate.journal import Journal
+    from ragate.journal import DoneEntry, Journal
 
     testset = load_suite(settings)
     folder = out_folder(settings, testset.name)
@@ -101,18 +113,22 @@ def run_suite(
     # before the judging: a broken baseline is not to be found out minutes later
     baseline = load_baseline(path) if path.exists() else None
 
-    if replaces and baseline is not None:
+    if update and not force and baseline is not None:
         refuse_fewer_metrics(baseline, settings.metrics, path)
+    release = load_release(settings)
+    if testset.reserve and (settings.reserve == "always" or (update and settings.reserve == "auto")):
+        testset = testset.with_reserve()
     # before the run folder: a mistyped judge leaves nothing behind
     judge = _named_judge(settings, say)
 
     with ExitStack() as stack:
         journal = stack.enter_context(Journal.open(folder / "journal.jsonl"))
-        run, timings = _evaluate(settings, testset, judge, journal, say, on_event, stack)
+        judged = _judging(settings, settings.metrics, settings.target, judge, journal, say, on_event, stack)
+        run, timings, gate = _judged_until_decided(settings, testset, baseline, release, judged, on_event)
+        journal.append(DoneEntry())
         save_run(run, folder / "run.json")
         write_whole(folder / "timings.json", timings.model_dump_json(indent=1) + "\n")
         costs: dict[str, object] = timings.model_dump()
-        gate = None if baseline is None else verdict_of(settings, baseline, run)
         written = (folder / "run.json", *write_reports(folder, run, gate, baseline, costs))
     return Outcome(run, gate, baseline, path, costs, written)
 
@@ -130,16 +146,48 @@ def _named_judge(settings: Settings, say: Say) -> UrlJudge | catalog.JudgeChoice
     )
 
 
-def _evaluate(
+def _judged_until_decided(
     settings: Settings,
     testset: TestSet,
+    baseline: Baseline | None,
+    release: Baseline | None,
+    judged: Callable[[TestSet], tuple[Run, Timings]],
+    on_event: Callable[[Event], None],
+) -> tuple[Run, Timings, GateResult | None]:
+    """The run, with the reserve where it takes that to decide, and its verdict where there is a baseline."""
+    from ragate.evaluate import Event, both_timings
+
+    run, timings = judged(testset)
+    gate = None if baseline is None else verdict_of(settings, baseline, run, release)
+    if baseline is None or gate is None or gate.verdict != "INCONCLUSIVE" or not testset.reserve:
+        return run, timings, gate
+    if settings.reserve == "never":
+        return run, timings, gate
+    count = len(testset.reserve)
+    if baseline.reserve_hash != testset.reserve_hash:
+        held = "another one" if baseline.reserve else "none"
+        unused = f"the reserve of {count} items was not judged: the baseline holds {held}; {EVALUATE_RESERVE}"
+        return run, timings, gate.model_copy(update={"warnings": (*gate.warnings, unused)})
+    on_event(Event("warning", count, message=f"INCONCLUSIVE so far: judging the reserve of {count} items"))
+    more, cost = judged(testset.reserve_alone())
+    run, timings = joined(run, more), both_timings(timings, cost)
+    return run, timings, verdict_of(settings, baseline, run, release)
+
+
+def _judging(
+    settings: Settings,
+    names: tuple[str, ...],
+    spec: str,
     named: UrlJudge | catalog.JudgeChoice,
     journal: Journal,
     say: Say,
     on_event: Callable[[Event], None],
     stack: ExitStack,
-) -> tuple[Run, Timings]:
-    """Open judge, target and embeddings, and judge; heavy imports happen here."""
+) -> Callable[[TestSet], tuple[Run, Timings]]:
+    """Open judge, target and embeddings for these metrics; what comes back judges a test set with them.
+
+    Heavy imports happen here. Whoever has judged all appends a `DoneEntry` to the journal.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     from ragate import session
@@ -169,12 +217,10 @@ def _evaluate(
     from ragate.metrics import metrics_named
     from ragate.target import open_target
 
-    metrics = metrics_named(settings.metrics)
+    metrics = metrics_named(names)
     target = None
-    if settings.target != "stored":
-        target = open_target(
-            settings.target, timeout=settings.target_timeout, options=settings.target_options
-        )
+    if spec != "stored":
+        target = open_target(spec, timeout=settings.target_timeout, options=settings.target_options)
         stack.callback(target.close)
     embeddings = None
     if any(metric.embeds for metric in metrics):
@@ -194,9 +240,9 @@ def _evaluate(
         note = named.note
     else:
         judge = named
-    return evaluate(
+    return lambda testset: evaluate(
         testset,
-        settings.metrics,
+        names,
         judge,
         journal,
         embeddings=embeddings,
@@ -204,17 +250,67 @@ def _evaluate(
         judge_note=note,
         on_event=on_event,
         call_timeout=settings.call_timeout,
+        ends=False,
     )
 
 
-def verdict_of(settings: Settings, baseline: Baseline, run: Run) -> GateResult:
-    """The verdict on a run of this suite, over the metrics that the run was asked to score.
+def rescore(
+    settings: Settings, stored: Run, metrics: tuple[str, ...], say: Say, on_event: Callable[[Event], None]
+) -> Run:
+    """`stored` judged anew as `settings` say, with the answers and contexts that it has; its system is not asked.
 
-    A run has fewer than its baseline only where --metrics or the settings file says so; one that the baseline
-    lacks makes the verdict INVALID.
+    The result takes the place of the kept run of the suite's baseline. Raises as `run_suite` does.
+    """
+    from ragate.journal import DoneEntry, Journal
+    from ragate.testset import Item, TestSet
+
+    kept = dict.fromkeys(Item.model_fields, True)
+    items = tuple(Item.model_validate(record.model_dump(include=kept)) for record in stored.items)
+    testset = TestSet(
+        name=stored.suite,
+        source=stored.testset,
+        items=items,
+        hash=stored.testset_hash,
+        reserve_hash=stored.reserve_hash,
+    )
+    path = baseline_run(settings, stored.suite)
+    judge = _named_judge(settings, say)
+    with ExitStack() as stack:
+        journal = stack.enter_context(Journal.open(path.parent / "journal.jsonl"))
+        judged = _judging(settings, metrics, "stored", judge, journal, say, on_event, stack)
+        run, _ = judged(testset)
+        journal.append(DoneEntry())
+    return run.model_copy(update={"target": stored.target})
+
+
+def load_release(settings: Settings) -> Baseline | None:
+    """The pinned baseline of the last release, where the settings name one."""
+    return load_base(Path(settings.release)) if settings.release else None
+
+
+def verdict_of(
+    settings: Settings,
+    baseline: Baseline,
+    run: Run,
+    release: Baseline | None = None,
+    metrics: tuple[str, ...] | None = None,
+) -> GateResult:
+    """The verdict that the settings give on a run, over `metrics`, or else over all of both sides.
+
+    A metric that the baseline has and the run has not makes it INVALID: a change to `metrics` in the settings must
+    not narrow the gate unseen.
     """
     return decide(
-        baseline, run, threshold=settings.threshold, mode=settings.threshold_mode, metrics=run.metrics
+        baseline,
+        run,
+        threshold=settings.threshold,
+        mode=settings.threshold_mode,
+        strategy=settings.strategy,
+        on_inconclusive=settings.on_inconclusive,
+        metrics=metrics,
+        rules=settings.gate,
+        release=release,
+        judge_accuracy=settings.judge_accuracy,
     )
 
 
@@ -243,9 +339,9 @@ def load_timings(folder: Path) -> dict[str, object] | None:
     return data if isinstance(data, dict) else None
 
 
-def make_baseline(run: Run) -> Baseline:
+def make_baseline(run: Run, reason: str | None = None) -> Baseline:
     """The baseline that `run` makes now, at this commit."""
-    return baseline_of(run, commit=git_commit(Path.cwd()), date=datetime.now(UTC))
+    return baseline_of(run, commit=git_commit(Path.cwd()), date=datetime.now(UTC), reason=reason)
 
 
 def load_stored(path: Path) -> Run:
@@ -271,14 +367,40 @@ def refuse_fewer_metrics(baseline: Baseline, metrics: tuple[str, ...], path: Pat
         )
 
 
-def keep_baseline(run: Run, path: Path, *, force: bool = False) -> Baseline:
-    """Make `run` the baseline at `path`.
+def keep_baseline(
+    settings: Settings, run: Run, path: Path, *, force: bool = False, reason: str | None = None
+) -> Baseline:
+    """Make `run` the baseline at `path`, and keep the run with its answers in the run folder.
 
     Raises BaselineError for a partial run, ConfigError where metrics would be lost and there is no `force`.
     """
-    baseline = make_baseline(run)
+    baseline = make_baseline(run, reason)
     if not force and path.exists():
         with suppress(BaselineError):  # a broken one is there to be replaced
             refuse_fewer_metrics(load_baseline(path), run.metrics, path)
     save_baseline(baseline, path)
+    save_run(run, baseline_run(settings, run.suite))
     return baseline
+
+
+def keep_rescored(settings: Settings, run: Run, old: Baseline, path: Path) -> Baseline:
+    """Make `run`, the answers of `old` judged anew, the baseline at `path`: of the same commit, dated today."""
+    reason = f"rescored by {run.judge}"
+    baseline = baseline_of(run, commit=old.commit, date=datetime.now(UTC), reason=reason)
+    save_baseline(baseline, path)
+    save_run(run, baseline_run(settings, run.suite))
+    return baseline
+
+
+def refuse_other_answers(baseline: Baseline, run: Run, place: Path) -> None:
+    """Raise ConfigError where `run` at `place` is not the one that `baseline` was made of."""
+    made = baseline_of(run, commit=None, date=baseline.date)
+    if (made.items, made.fingerprint, made.testset_hash) != (
+        baseline.items,
+        baseline.fingerprint,
+        baseline.testset_hash,
+    ):
+        raise ConfigError(
+            f"{place}: not the run that the baseline was made of, so its answers are another system's; name that run "
+            "(CI keeps run.json as an artifact), or make a new baseline with `ragate baseline set`"
+        )

@@ -31,6 +31,8 @@ class Item(Frozen):
     kind: str | None = None
     cluster: str | None = None
     critical: bool = False
+    reserve: bool = False
+    """Asked only where the others cannot tell whether the system got worse."""
     line: int | None = None
 
 
@@ -46,6 +48,16 @@ class TestSet(Frozen):
     reserve: tuple[Item, ...] = ()
     hash: str
     """sha256 over id, question and reference of the items."""
+    reserve_hash: str | None = None
+    """The same of the reserve; `None` where there is none."""
+
+    def with_reserve(self) -> TestSet:
+        """The test set with its reserve among the items."""
+        return self.model_copy(update={"items": self.items + self.reserve, "reserve": ()})
+
+    def reserve_alone(self) -> TestSet:
+        """The reserve as the items; the hash stays that of the whole suite."""
+        return self.model_copy(update={"items": self.reserve, "reserve": ()})
 
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -60,6 +72,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "kind": ("kind", "type", "category"),
     "cluster": ("cluster", "source", "source_id", "document", "sources"),
     "critical": ("critical",),
+    "reserve": ("reserve",),
 }  # fmt: skip
 """Field -> the column names it goes by (case, spaces and dashes do not matter); the first is ours."""
 
@@ -90,18 +103,30 @@ def load_testset(spec: str, *, limit: int | None = None) -> TestSet:
 
     `spec` is a .jsonl, .json, .csv, .tsv or .parquet file; a folder with core.jsonl and perhaps
     reserve.jsonl, or one that `datasets` saved; or `datasets:NAME[:SPLIT]` (`datasets:NAME:CONFIG:SPLIT`).
-    Column names may be those of ragas or any other in `COLUMNS`. `limit` keeps the first items, no reserve.
+    The reserve is that file, and every row whose column `reserve` is true. Column names may be those of ragas
+    or any other in `COLUMNS`. `limit` keeps the first items, no reserve.
     Raises TestSetError naming file, line and field.
     """
     if limit is not None and limit < 1:
         raise TestSetError(f"limit must be at least 1, got {limit}")
     core, reserve = _open(spec)
     places: dict[str, str] = {}
-    items = _items(core, places, limit)
+    found = _items(core, places, limit)
+    items = tuple(item for item in found if not item.reserve)
     if not items:
-        raise TestSetError(f"{spec}: there are no items in it")
-    rest = _items(reserve, places, None) if limit is None else ()
-    return TestSet(name=suite_name(spec), source=spec, items=items, reserve=rest, hash=items_hash(items))
+        raise TestSetError(f"{spec}: there are no items in it{' but the reserve' if found else ''}")
+    rest: tuple[Item, ...] = ()
+    if limit is None:
+        rest = tuple(item for item in found if item.reserve)
+        rest += tuple(item.model_copy(update={"reserve": True}) for item in _items(reserve, places, None))
+    return TestSet(
+        name=suite_name(spec),
+        source=spec,
+        items=items,
+        reserve=rest,
+        hash=items_hash(items),
+        reserve_hash=items_hash(rest) if rest else None,
+    )
 
 
 def suite_name(spec: str) -> str:
@@ -156,15 +181,20 @@ class _Row:
 
 
 def _items(rows: Iterable[_Row], places: dict[str, str], limit: int | None) -> tuple[Item, ...]:
-    """The items of `rows`; `places` holds where each id was seen, and gets the new ones."""
-    items = []
+    """The items of `rows`; `places` holds where each id was seen, and gets the new ones.
+
+    `limit` ends it after so many that are not of the reserve.
+    """
+    items: list[Item] = []
+    core = 0
     for row in rows:
         item = _item(row, len(places) + 1)
         if item.id in places:
             raise TestSetError(f"{row.place}: id: {item.id!r} was used before, at {places[item.id]}")
         places[item.id] = row.place
         items.append(item)
-        if len(items) == limit:
+        core += not item.reserve
+        if core == limit:
             break
         if len(places) > MAX_ITEMS:
             raise TestSetError(f"{row.place}: more than {MAX_ITEMS:,} items; split the test set")
@@ -187,7 +217,8 @@ def _item(row: _Row, position: int) -> Item:
         contexts=_contexts(row, cells.get("contexts")),
         kind=_label(row, "kind", cells.get("kind")),
         cluster=_label(row, "cluster", cells.get("cluster")),
-        critical=_flag(row, cells.get("critical")),
+        critical=_flag(row, "critical", cells.get("critical")),
+        reserve=_flag(row, "reserve", cells.get("reserve")),
         line=row.line,
     )
 
@@ -283,13 +314,13 @@ def _contexts(row: _Row, value: object) -> tuple[str, ...] | None:
     return tuple(parts)
 
 
-def _flag(row: _Row, value: object) -> bool:
+def _flag(row: _Row, field: str, value: object) -> bool:
     word = str(value).strip().lower()
     if value is None or word in ("false", "0", "0.0", "no"):
         return False
     if word in ("true", "1", "1.0", "yes"):
         return True
-    raise TestSetError(f"{row.place}: critical: expected true or false, got {word[:40]!r}")
+    raise TestSetError(f"{row.place}: {field}: expected true or false, got {word[:40]!r}")
 
 
 def _bounded(row: _Row, field: str, text: str, limit: int) -> str:

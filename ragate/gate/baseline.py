@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
     from ragate.run import Run
 
-BASELINE_VERSION: Literal[1] = 1
+BASELINE_VERSION: Literal[2] = 2
+"""Version 1 knew neither reserve nor critical items nor reasons; it is still read."""
+STALE_DAYS = 90
+"""A baseline older than this is called old where its age is shown."""
 
 SAME = 1e-9
 """Scores this close are the same score: ragas' context_precision reaches 0.9999999999 at best."""
@@ -34,14 +37,23 @@ Cell = Value | Literal["nan", "error", "timeout", "truncated"]
 class Baseline(Frozen):
     """Scores per item and metric, and what made them."""
 
-    version: Literal[1] = BASELINE_VERSION
+    version: Literal[1, 2] = BASELINE_VERSION
     suite: str
     testset_hash: str
+    """sha256 over id, question and reference of the items that are not of the reserve."""
+    reserve_hash: str | None = None
+    """The same of the reserve's items; `None` where they were not scored."""
     date: AwareDatetime
     commit: str | None = None
     """Commit of the system that was scored, where it was in a git repository."""
+    reason: str | None = None
+    """Why it took the place of the one before, in the words of whoever accepted it."""
     judge: str
     metrics: tuple[str, ...]
+    critical: tuple[str, ...] = ()
+    """Items that were critical: a change that takes the mark off an item does not free it."""
+    reserve: tuple[str, ...] = ()
+    """Items of the reserve."""
     fingerprint: dict[str, str]
     items: dict[str, dict[str, Cell]]
     """Item id -> metric -> score or state, in the order of the test set."""
@@ -114,7 +126,7 @@ def mean(values: Iterable[float]) -> float | None:
     return math.fsum(numbers) / len(numbers) if numbers else None
 
 
-def baseline_of(run: Run, *, commit: str | None, date: datetime) -> Baseline:
+def baseline_of(run: Run, *, commit: str | None, date: datetime, reason: str | None = None) -> Baseline:
     """The baseline that `run` makes. `date` must carry its time zone; it is kept in UTC to the second.
 
     Raises BaselineError for a partial run and for scores outside [0, 1].
@@ -131,10 +143,14 @@ def baseline_of(run: Run, *, commit: str | None, date: datetime) -> Baseline:
         return Baseline(
             suite=run.suite,
             testset_hash=run.testset_hash,
+            reserve_hash=run.reserve_hash,
             date=date.astimezone(UTC).replace(microsecond=0),
             commit=commit,
+            reason=reason,
             judge=run.judge,
             metrics=run.metrics,
+            critical=tuple(item.id for item in run.items if item.critical),
+            reserve=tuple(item.id for item in run.items if item.reserve),
             fingerprint=run.fingerprint,
             items=items,
         )
@@ -151,22 +167,36 @@ def baseline_path(folder: Path, suite: str) -> Path:
 
 def git_commit(folder: Path) -> str | None:
     """The commit that `folder` has checked out, or `None` outside a git repository (or without git)."""
+    return _git(folder, "rev-parse", "--verify", "HEAD")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says, or `None` where it fails, is missing or takes too long."""
+    command = ["git", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "--verify", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def age_of(baseline: Baseline, now: datetime, folder: Path) -> str:
+    """How old a baseline is, in words: days, and commits of the repository at `folder` where it is in its history."""
+    days = max(0, (now - baseline.date).days)
+    parts = ["made today" if days == 0 else f"{days} day{'s' * (days > 1)} old"]
+    if baseline.commit is not None:
+        known = re.fullmatch("[0-9a-f]{7,64}", baseline.commit)  # from a file: not to be taken for an option
+        behind = _git(folder, "rev-list", "--count", f"{baseline.commit}..HEAD", "--") if known else None
+        since = "" if behind is None else f", {behind} commit{'s' * (behind != '1')} ago"
+        parts.append(f"commit {baseline.commit[:10]}{since}")
+    if days > STALE_DAYS:
+        parts.append("old: make it anew from what is released, or `ragate baseline bless` a recent run")
+    return "; ".join(parts)
+
+
 def save_baseline(baseline: Baseline, path: Path) -> None:
     """Write `baseline` whole, one item per line. Raises RunError when the disk refuses."""
-    fields = baseline.model_dump(mode="json")
+    fields = baseline.model_dump(mode="json") | {"version": BASELINE_VERSION}
     lines = []
     for name, value in fields.items():
         if name in ("fingerprint", "items") and value:
@@ -190,11 +220,16 @@ def load_baseline(path: Path) -> Baseline:
         fields = json.loads(data, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as e:  # ValueError: not JSON, not UTF-8, or a name given twice
         raise BaselineError(f"{path}: not a baseline: {e}; {way_out}") from None
-    version = fields.get("version") if isinstance(fields, dict) else None
+    version = fields.get("version", 1) if isinstance(fields, dict) else None
     if isinstance(version, int) and version > BASELINE_VERSION:
         raise BaselineError(
             f"{path}: baseline version {version} is newer than this ragate reads ({BASELINE_VERSION}); "
             "update ragate"
+        )
+    if isinstance(version, int) and version < 1:
+        raise BaselineError(
+            f"{path}: baseline version {version} is older than this ragate reads (1); "
+            "make a new one with `ragate baseline set`"
         )
     try:
         return Baseline.model_validate(fields)

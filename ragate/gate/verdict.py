@@ -1,22 +1,41 @@
-"""`decide`: the verdict on a run against a baseline, by the point rule: a mean drop of δ or more fails."""
+"""`decide`: the verdict on a run against a baseline, and one sentence that says what it rests on.
+
+A metric FAILs when its mean fell by the limit or more and chance does not do that, and PASSes when the upper bound of
+its drop is below the limit; what is neither is INCONCLUSIVE. What cannot be compared is INVALID: it fails closed.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+
+from pydantic import Field
 
 from ragate.errors import EXIT_FAIL, EXIT_INCONCLUSIVE, EXIT_INVALID, EXIT_PASS, ConfigError
 from ragate.gate.baseline import SAME, ItemChange, changed_items, diff_fields, mean
+from ragate.gate.stats import (
+    cluster_sums,
+    clustered,
+    detectable_drop,
+    holm,
+    items_needed,
+    johnson_bounds,
+    mcnemar_p,
+    sign_flip_p,
+)
 from ragate.run import Frozen
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ragate.gate.baseline import Baseline
     from ragate.run import Run
 
 Verdict = Literal["PASS", "INCONCLUSIVE", "FAIL", "INVALID"]
 Mode = Literal["relative", "absolute"]
+Strategy = Literal["significant", "point"]
+OnInconclusive = Literal["auto", "fail", "warn"]
 
 EXIT_CODES: dict[Verdict, int] = {
     "PASS": EXIT_PASS,
@@ -33,13 +52,16 @@ MIN_PAIRED = 10
 MAX_UNSCORED = 0.02
 MIN_RELATIVE_MEAN = 0.2
 """Below this baseline mean a relative limit is meaningless: the threshold is taken as points."""
-DETECTABLE = 2.486
-"""Normal quantiles of 95 % confidence and 80 % power: 2.486 s/sqrt(n) is the least drop seen reliably."""
+SIGNIFICANT = 0.05
+"""A drop whose p, adjusted for the number of metrics, is below this is not chance."""
+MIN_CLUSTERS = 10
+"""Fewer source documents than this say too little about how documents differ: items count as independent."""
 INTACT, BROKEN = 0.8, 0.2
-"""A critical item breaks when its score goes from `INTACT` or more to `BROKEN` or less."""
+"""An item breaks when its score goes from `INTACT` or more to `BROKEN` or less, and is mended the other way."""
 
 
-ACCEPT = "if the change is wanted, `ragate baseline set` accepts it as the new baseline"
+ACCEPT = "if the change is wanted, `ragate baseline bless` accepts it as the new baseline"
+EVALUATE_RESERVE = "`ragate eval --update-baseline` makes a baseline that holds the reserve"
 
 
 class Reason(NamedTuple):
@@ -49,8 +71,19 @@ class Reason(NamedTuple):
     way_out: str
 
 
+class Rule(Frozen):
+    """What one metric is held to, where it is not what the others are; `None` is as for the others."""
+
+    threshold: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = None
+    """The drop that fails: a share of the baseline's mean, or points when the mode is absolute."""
+    threshold_mode: Mode | None = None
+    """Whether this metric's threshold is relative or in points."""
+    min: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] | None = None
+    """The floor: a mean below it fails whatever the baseline was."""
+
+
 class MetricVerdict(Frozen):
-    """One metric against the baseline. Means, drop and limit are over the paired items, in score units."""
+    """One metric against the baseline. Means, drop, bounds and limit are over the paired items, in score units."""
 
     metric: str
     verdict: Verdict
@@ -59,7 +92,9 @@ class MetricVerdict(Frozen):
     drop: float | None
     """Baseline mean minus current mean: positive is worse. `None` where nothing could be paired."""
     limit: float | None
-    """δ: a drop this large fails."""
+    """δ in score units: a drop this large fails."""
+    limit_relative: float | None
+    """The same as a share of the baseline's mean; `None` where that is 0."""
     mode_used: Mode
     limit_note: str | None
     """How the limit came about: `5 % of 0.920`, `absolute`, or why relative fell back to absolute."""
@@ -69,9 +104,37 @@ class MetricVerdict(Frozen):
     """Paired items whose score differs, largest drop first."""
     broken: tuple[str, ...]
     """Critical items that went from 0.8 or more to 0.2 or less."""
-    detectable: float | None
+    lower: float | None = None
+    upper: float | None = None
+    """Bounds of the drop, each with 95 % by itself (Johnson 1978)."""
+    clusters: int | None = None
+    """Source documents whose sums the bounds and p are of; `None` where the items count as independent."""
+    p: float | None = None
+    """Sign-flip p of a drop this large by chance, adjusted for the number of metrics (Holm)."""
+    p_alone: float | None = None
+    """The same before the adjustment."""
+    items_broken: int = 0
+    """Paired items that went from 0.8 or more to 0.2 or less, critical or not."""
+    items_mended: int = 0
+    """Paired items that went the other way."""
+    mcnemar_p: float | None = None
+    """McNemar's exact p that so many broke and so few were mended by chance, one-sided."""
+    detectable: float | None = None
     """The least drop that this many items with this much scatter show reliably: 2.486 s/sqrt(n)."""
+    detectable_true: float | None = None
+    """The same of the true drop, of which a judge with the known balanced accuracy B shows 2B - 1."""
+    items_needed: int | None = None
+    """Items with this scatter that show a drop of the limit reliably."""
+    floor: float | None = None
+    """The lowest mean allowed, where there is one."""
+    warnings: tuple[str, ...] = ()
+    """What does not decide but should be known."""
     sentence: str
+
+    @property
+    def below_floor(self) -> bool:
+        """Whether the current mean is under the floor."""
+        return self.floor is not None and self.head_mean is not None and self.head_mean < self.floor - SAME
 
 
 class GateResult(Frozen):
@@ -80,18 +143,20 @@ class GateResult(Frozen):
     verdict: Verdict
     sentence: str
     """Begins with the verdict word; one line."""
+    exit_code: int
+    """0 PASS, 1 FAIL, 2 INCONCLUSIVE (0 where that only warns), 3 INVALID."""
     reasons: tuple[str, ...]
     """Why the comparison is INVALID, each naming what differs; else empty."""
     way_out: str | None
-    """What to do about a FAIL or the first reason of an INVALID, with its command."""
+    """What to do about a verdict other than PASS, with its command."""
+    warnings: tuple[str, ...] = ()
+    """What does not decide but should be known: small real losses, a reserve that could not be used, ..."""
     threshold: float
     mode: Mode
+    strategy: Strategy
     metrics: tuple[MetricVerdict, ...]
-
-    @property
-    def exit_code(self) -> int:
-        """0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 INVALID."""
-        return EXIT_CODES[self.verdict]
+    drift: GateResult | None = None
+    """The same run against the pinned release baseline, where there is one; the run takes the worst of both."""
 
 
 def decide(
@@ -100,40 +165,164 @@ def decide(
     *,
     threshold: float = 0.05,
     mode: Mode = "relative",
+    strategy: Strategy = "significant",
+    on_inconclusive: OnInconclusive = "auto",
     metrics: Sequence[str] | None = None,
+    rules: Mapping[str, Rule] | None = None,
+    release: Baseline | None = None,
+    judge_accuracy: float | None = None,
 ) -> GateResult:
-    """Hold `run` against `base`.
+    """Hold `run` against `base`, and against the pinned `release` too where there is one.
 
-    `threshold` is the limit δ: a share of the baseline mean when `mode` is relative, else score points.
-    `metrics` narrows the comparison; by default it is over all metrics of both sides, which must be the same.
+    `threshold` is the limit δ: a share of the baseline mean when `mode` is relative, else score points; `rules` has
+    what differs for a metric. By the strategy `point` the mean drop alone decides. `metrics` narrows the comparison;
+    by default it is over all metrics of both sides and all that have a floor, and one that a side lacks is INVALID.
+    An INCONCLUSIVE run fails, warns, or (`auto`) fails where a mean fell by its limit or more.
+    `judge_accuracy` is the judge's balanced accuracy on labelled data, where it is known.
     Raises ConfigError when a setting makes no sense; whatever is wrong with the data is an INVALID verdict.
     """
     if not 0 <= threshold <= 1:  # also refuses NaN
         raise ConfigError(f"threshold must be between 0 and 1, got {threshold:g}; 5 % is 0.05")
     if mode not in ("relative", "absolute"):
         raise ConfigError(f"threshold_mode must be relative or absolute, got {mode!r}")
-    wanted = tuple(dict.fromkeys((*run.metrics, *base.metrics) if metrics is None else metrics))
+    if strategy not in ("significant", "point"):
+        raise ConfigError(f"strategy must be significant or point, got {strategy!r}")
+    if on_inconclusive not in ("auto", "fail", "warn"):
+        raise ConfigError(f"on_inconclusive must be auto, fail or warn, got {on_inconclusive!r}")
+    if judge_accuracy is not None and not 0.5 < judge_accuracy <= 1:
+        raise ConfigError(
+            f"judge_accuracy must be above 0.5 (guessing) and at most 1, got {judge_accuracy:g}"
+        )
+    terms = _Terms(threshold, mode, strategy, on_inconclusive, rules or {}, judge_accuracy)
+    floors = [metric for metric, rule in terms.rules.items() if rule.min is not None]
+    wanted = (*run.metrics, *base.metrics, *floors) if metrics is None else metrics
+    result = _compare(base, run, tuple(dict.fromkeys(wanted)), terms)
+    if release is None:
+        return result
+    watched = [metric for metric in release.metrics if metrics is None or metric in metrics]
+    return _with_drift(result, _compare(release, run, tuple(watched), terms), release)
 
+
+class _Terms(NamedTuple):
+    """The settings of a comparison."""
+
+    threshold: float
+    mode: Mode
+    strategy: Strategy
+    on_inconclusive: OnInconclusive
+    rules: Mapping[str, Rule]
+    judge_accuracy: float | None
+
+    def of(self, metric: str) -> tuple[float, Mode, float | None]:
+        """(threshold, mode, floor) of a metric; what it does not have of its own is the common one."""
+        rule = self.rules.get(metric, Rule())
+        threshold = self.threshold if rule.threshold is None else rule.threshold
+        return threshold, rule.threshold_mode or self.mode, rule.min
+
+
+def _compare(base: Baseline, run: Run, wanted: Sequence[str], terms: _Terms) -> GateResult:
+    """The verdict of `run` against one baseline."""
+    left_out, warnings = _left_out(base, run)
+    if left_out:
+        base, run = _without(base, run, left_out)
     shared = _reasons_for_all(base, run, wanted)
-    verdicts, reasons = [], list(shared)
+    reasons = list(shared)
+    found: list[MetricVerdict] = []
+    invalid = []
     for metric in wanted:
         own = _reasons_for_metric(base, run, metric)
         reasons += own
-        verdicts.append(_decide_metric(base, run, metric, threshold, mode, invalid=bool(shared or own)))
-
+        invalid.append(bool(shared or own))
+        found.append(_measured(base, run, metric, terms))
+    tested = [v.p_alone for v in found if v.p_alone is not None]
+    adjusted = iter(holm(tested))
+    verdicts = [
+        _decided(
+            v if v.p_alone is None else v.model_copy(update={"p": next(adjusted)}), terms, invalid=is_invalid
+        )
+        for v, is_invalid in zip(found, invalid, strict=True)
+    ]
     verdict: Verdict = "INVALID" if reasons else _worst(verdicts)
     sentence = (
         _invalid_sentence([reason.text for reason in reasons]) if reasons else _sentence(verdict, verdicts)
     )
+    warnings += [] if reasons else [warning for v in verdicts for warning in v.warnings]
+    way_outs = {"FAIL": ACCEPT, "INCONCLUSIVE": _more_items(verdicts)}
     return GateResult(
         verdict=verdict,
         sentence=f"{verdict}: {sentence}",
+        exit_code=_exit_code(verdict, verdicts, terms.on_inconclusive),
         reasons=tuple(reason.text for reason in reasons),
-        way_out=reasons[0].way_out if reasons else ACCEPT if verdict == "FAIL" else None,
-        threshold=threshold,
-        mode=mode,
+        way_out=reasons[0].way_out if reasons else way_outs.get(verdict),
+        warnings=tuple(dict.fromkeys(warnings)),
+        threshold=terms.threshold,
+        mode=terms.mode,
+        strategy=terms.strategy,
         metrics=tuple(verdicts),
     )
+
+
+def _with_drift(result: GateResult, drift: GateResult, release: Baseline) -> GateResult:
+    """`result`, made worse where the run has drifted too far from the pinned release."""
+    name = f"the release of {release.date:%Y-%m-%d}"
+    if SEVERITY.index(drift.verdict) <= SEVERITY.index(result.verdict):
+        exit_code = drift.exit_code if drift.verdict == result.verdict else 0
+        changes: dict[str, object] = {"exit_code": max(result.exit_code, exit_code)}
+        return result.model_copy(update=changes | {"drift": drift})
+    way_out = (
+        "drifted in small steps: find them with `ragate baseline diff`, or pin a newer release"
+        if drift.verdict == "FAIL"
+        else drift.way_out
+    )
+    return result.model_copy(
+        update={
+            "verdict": drift.verdict,
+            "sentence": f"{drift.verdict}: against {name}, {drift.sentence.partition(': ')[2]}",
+            "exit_code": drift.exit_code,
+            "reasons": tuple(f"against {name}: {reason}" for reason in drift.reasons),
+            "way_out": way_out,
+            "drift": drift,
+        }
+    )
+
+
+def _exit_code(verdict: Verdict, verdicts: Sequence[MetricVerdict], on_inconclusive: OnInconclusive) -> int:
+    if verdict != "INCONCLUSIVE" or on_inconclusive == "fail":
+        return EXIT_CODES[verdict]
+    fell = any(
+        v.drop is not None and v.limit is not None and _reaches(v.drop, v.limit)
+        for v in verdicts
+        if v.verdict == "INCONCLUSIVE"
+    )
+    return EXIT_CODES[verdict] if fell and on_inconclusive == "auto" else EXIT_PASS
+
+
+def _reaches(drop: float, limit: float) -> bool:
+    """Whether a mean fell by its limit or more; with a limit of 0 an unchanged one did not."""
+    return drop > 0 and drop >= limit - SAME
+
+
+def _left_out(base: Baseline, run: Run) -> tuple[set[str], list[str]]:
+    """The items of a reserve that only one side has scored, or in another version; and what to say of it."""
+    mine = {item.id for item in run.items if item.reserve}
+    if run.reserve_hash == base.reserve_hash:
+        return set(), []
+    warnings = []
+    if mine:
+        what = "another reserve" if base.reserve else "no reserve"
+        warnings.append(
+            f"the {len(mine)} reserve items were not compared: the baseline holds {what}; {EVALUATE_RESERVE}"
+        )
+    return mine | set(base.reserve), warnings
+
+
+def _without(base: Baseline, run: Run, left_out: set[str]) -> tuple[Baseline, Run]:
+    items = {item: scores for item, scores in base.items.items() if item not in left_out}
+    kept = {
+        "items": tuple(item for item in run.items if item.id not in left_out),
+        "scores": tuple(score for score in run.scores if score.item not in left_out),
+    }
+    return base.model_copy(update={"items": items}), run.model_copy(update=kept)
 
 
 def points(value: float) -> str:
@@ -175,7 +364,10 @@ def _reasons_for_all(base: Baseline, run: Run, wanted: Sequence[str]) -> list[Re
         if diff.field in moot:
             continue
         old, new = _shorten_pair(diff.old, diff.new)
-        way_out = "scores made in another way are not comparable; `ragate baseline set` makes a new baseline"
+        way_out = (
+            "scores made in another way are not comparable; `ragate baseline rescore` judges the baseline's "
+            "stored answers anew, `ragate baseline set` makes a new baseline"
+        )
         reasons.append(Reason(f"{diff.field} differs: baseline {old}, run {new}", way_out))
     if base.testset_hash != run.testset_hash:
         old, new = shorten(base.testset_hash, 13), shorten(run.testset_hash, 13)
@@ -193,7 +385,11 @@ def _reasons_for_metric(base: Baseline, run: Run, metric: str) -> list[Reason]:
     sides = {"baseline": base.metrics, "run": run.metrics}
     missing = [side for side, metrics in sides.items() if metric not in metrics]
     if missing:
-        way_out = "`ragate baseline set` adds it" if missing[0] == "baseline" else "add it to --metrics"
+        way_out = (
+            "`ragate baseline set` adds it"
+            if missing == ["baseline"]
+            else "score it: name it in `metrics`, or let `ragate baseline set` drop it with --force"
+        )
         return [Reason(f"{metric} is missing in the {' and the '.join(missing)}", way_out)]
 
     reasons = []
@@ -215,7 +411,8 @@ def _reasons_for_metric(base: Baseline, run: Run, metric: str) -> list[Reason]:
         text = f"{metric} has {len(paired)} paired items and a verdict needs {MIN_PAIRED}"
         reasons.append(Reason(text, "use a larger test set"))
     for item in run.items:
-        if item.critical and item.id in scored and item.id not in usable and not run.partial:
+        critical = item.critical or item.id in base.critical
+        if critical and item.id in scored and item.id not in usable and not run.partial:
             text = f"critical item {shorten(item.id, 40)} has no {metric} score in the run"
             reasons.append(Reason(text, "see its error in the report and run `ragate eval` again"))
     return reasons
@@ -232,14 +429,14 @@ def _too_many(side: str, metric: str, bad: Sequence[str], total: int) -> list[Re
     return [Reason(text, f"{allowed}; see the errors in the report and run `ragate eval` again")]
 
 
-def _decide_metric(
-    base: Baseline, run: Run, metric: str, threshold: float, mode: Mode, *, invalid: bool
-) -> MetricVerdict:
+def _measured(base: Baseline, run: Run, metric: str, terms: _Terms) -> MetricVerdict:
+    """Everything about one metric but its verdict, its adjusted p and its sentence."""
     before, after = base.values(metric), _usable(run, metric)
     paired = [item for item in before if item in after]
     n = len(paired)
+    threshold, mode, floor = terms.of(metric)
     base_mean, head_mean = mean(before[i] for i in paired), mean(after[i] for i in paired)
-    if base_mean is None or head_mean is None:
+    if base_mean is None or head_mean is None or n < 2:  # of one item nothing is known of the scatter
         return MetricVerdict(
             metric=metric,
             verdict="INVALID",
@@ -247,16 +444,15 @@ def _decide_metric(
             head_mean=mean(after.values()),
             drop=None,
             limit=None,
+            limit_relative=None,
             mode_used=mode,
             limit_note=None,
-            paired=0,
+            paired=n,
             changed=(),
             broken=(),
-            detectable=None,
+            floor=floor,
             sentence=f"{metric} cannot be compared",
         )
-    # one exact sum, so that equal scores give 0 exactly and the order of the items is irrelevant
-    drop = math.fsum([*(before[i] for i in paired), *(-after[i] for i in paired)]) / n
     mode_used: Mode = mode
     if mode == "relative" and base_mean < MIN_RELATIVE_MEAN - SAME:
         mode_used = "absolute"
@@ -267,60 +463,140 @@ def _decide_metric(
         note = "absolute"
     limit = threshold * base_mean if mode_used == "relative" else threshold
 
-    critical = {item.id for item in run.items if item.critical}
-    broken = tuple(
-        i for i in paired if i in critical and before[i] >= INTACT - SAME and after[i] <= BROKEN + SAME
-    )
-    # drop > 0: with a threshold of 0 an unchanged run still passes
-    fails = (drop > 0 and drop >= limit - SAME) or bool(broken)
-    detectable = None
-    if n > 1:
-        variance = math.fsum((before[i] - after[i] - drop) ** 2 for i in paired) / (n - 1)
-        detectable = DETECTABLE * math.sqrt(variance / n)
+    # what is within rounding is no drop at all: an unchanged system has drops of exactly 0
+    drops = [0.0 if abs(before[i] - after[i]) <= SAME else before[i] - after[i] for i in paired]
+    fallen = [i for i, value in zip(paired, drops, strict=True) if value]
+    drop = math.fsum([*(before[i] for i in fallen), *(-after[i] for i in fallen)]) / n  # rounded once
+    cluster_of = {item.id: item.cluster for item in run.items}
+    labels = [cluster_of.get(i) or (i,) for i in paired]  # an item without a cluster is one by itself
+    clusters: int | None = len(set(labels))
+    few = n > len(set(labels)) and len(set(labels)) < MIN_CLUSTERS
+    warnings: tuple[str, ...] = ()
+    if few:
+        warnings = (
+            f"the items are of {_count(len(set(labels)), 'cluster')}, too few to tell how clusters differ (it takes "
+            f"{MIN_CLUSTERS}): they count as independent",
+        )
+    if few or n == clusters:
+        clusters, labels = None, [(i,) for i in paired]
+    estimate = johnson_bounds(clustered(drops, labels) if clusters else drops)
+
+    critical = {item.id for item in run.items if item.critical} | set(base.critical)
+    sides = {i: (_side(before[i]), _side(after[i])) for i in paired}
+    moved = Counter(sides.values())
+    broken, mended = moved["intact", "broken"], moved["broken", "intact"]
     return MetricVerdict(
         metric=metric,
-        verdict="INVALID" if invalid else "FAIL" if fails else "PASS",
+        verdict="INVALID",
         base_mean=base_mean,
         head_mean=head_mean,
         drop=drop,
         limit=limit,
+        limit_relative=limit / base_mean if base_mean > 0 else None,
         mode_used=mode_used,
         limit_note=note,
         paired=n,
         changed=changed_items(before, after),
-        broken=broken,
-        detectable=detectable,
-        sentence=_metric_sentence(metric, drop, limit, base_mean, head_mean, n, broken, mode, mode_used),
+        broken=tuple(i for i in paired if i in critical and sides[i] == ("intact", "broken")),
+        lower=estimate.lower,
+        upper=estimate.upper,
+        clusters=clusters,
+        p_alone=sign_flip_p(cluster_sums(drops, labels)),
+        items_broken=broken,
+        items_mended=mended,
+        mcnemar_p=mcnemar_p(broken, mended),
+        detectable=detectable_drop(estimate.error),
+        detectable_true=None
+        if terms.judge_accuracy is None
+        else detectable_drop(estimate.error, terms.judge_accuracy),
+        items_needed=items_needed(estimate.error, n, limit) if limit > 0 else None,
+        floor=floor,
+        warnings=warnings,
+        sentence="",
     )
 
 
-def _metric_sentence(
-    metric: str,
-    drop: float,
-    limit: float,
-    base_mean: float,
-    head_mean: float,
-    n: int,
-    broken: Sequence[str],
-    mode: Mode,
-    mode_used: Mode,
-) -> str:
-    over = f"from {base_mean:.3f} to {head_mean:.3f} over {n} items"
-    if drop > 0:
-        fell, allowed = _distinct_points(drop, limit)
-        text = f"{metric} fell {fell} (limit {allowed}), {over}"
-    elif drop < 0:
-        text = f"{metric} rose {points(drop)}, {over}"
+def _side(score: float) -> str:
+    """`intact`, `broken` or between."""
+    return "intact" if score >= INTACT - SAME else "broken" if score <= BROKEN + SAME else "between"
+
+
+def _decided(v: MetricVerdict, terms: _Terms, *, invalid: bool) -> MetricVerdict:
+    """`v` with its verdict, what it warns of, and its sentence."""
+    if v.drop is None or v.limit is None or v.upper is None or v.p is None:
+        return v
+    verdict = _verdict_of(v.drop, v.upper, v.p, v.limit, terms.strategy)
+    warnings = list(v.warnings)
+    if verdict == "PASS" and v.drop > 0 and v.p < SIGNIFICANT and terms.strategy == "significant":
+        warnings.append(
+            f"WARN: {v.metric} lost {points(v.drop)}, less than the limit but not by chance "
+            f"(p {_p(v.p)}): many such losses add up"
+        )
+    if v.broken or v.below_floor:
+        verdict = "FAIL"
+    if invalid:
+        verdict = "INVALID"
+    _, mode, _ = terms.of(v.metric)
+    decided = v.model_copy(update={"verdict": verdict, "warnings": tuple(warnings)})
+    return decided.model_copy(update={"sentence": _metric_sentence(decided, terms.strategy, mode)})
+
+
+def _verdict_of(drop: float, upper: float, p: float, limit: float, strategy: Strategy) -> Verdict:
+    """The rule of GATE.md for one metric, of numbers alone."""
+    if strategy == "point":
+        return "FAIL" if _reaches(drop, limit) else "PASS"
+    if _reaches(drop, limit):
+        return "FAIL" if p < SIGNIFICANT else "INCONCLUSIVE"
+    # nothing fell at all: passes with a limit of 0 as well
+    return "PASS" if upper < limit - SAME or upper <= 0 else "INCONCLUSIVE"
+
+
+def _metric_sentence(v: MetricVerdict, strategy: Strategy, mode: Mode) -> str:
+    """Drop, limit in points and as a share, interval and p, means and items, in one sentence."""
+    assert v.drop is not None and v.limit is not None and v.lower is not None and v.upper is not None
+    assert v.base_mean is not None and v.head_mean is not None and v.p is not None
+    fell, allowed, low, high = _distinct_points(v.drop, v.limit, v.lower, v.upper)
+    relative = "" if v.limit_relative is None else f" = {v.limit_relative * 100:.3g} %"
+    measured = f"limit {allowed}{relative}, 90 % interval of the drop {low} to {high}"
+    if strategy == "significant" and v.drop > 0:
+        measured += f", p {_p(v.p)}"
+    over = f"over {v.paired} items" + (f" of {v.clusters} clusters" if v.clusters else "")
+    if v.drop > 0:
+        text = f"{v.metric} fell {fell} ({measured}), from {v.base_mean:.3f} to {v.head_mean:.3f} {over}"
+    elif v.drop < 0:
+        text = f"{v.metric} rose {fell} ({measured}), from {v.base_mean:.3f} to {v.head_mean:.3f} {over}"
     else:
-        text = f"{metric} stayed at {head_mean:.3f} over {n} items"
-    if broken:
-        named = ", ".join(shorten(item, 40) for item in broken[:3])
-        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        which = "critical item" if len(broken) == 1 else "critical items"
-        text = f"{which} {named}{more} broke on {metric}; {text}"
-    if mode_used != mode:
+        text = f"{v.metric} stayed at {v.head_mean:.3f} ({measured}) {over}"
+    if v.below_floor:
+        text = f"{v.metric} is at {_below(v.head_mean, v.floor or 0.0)}, its floor; {text}"
+    if v.broken:
+        named = ", ".join(shorten(item, 40) for item in v.broken[:3])
+        more = f" and {len(v.broken) - 3} more" if len(v.broken) > 3 else ""
+        which = "critical item" if len(v.broken) == 1 else "critical items"
+        text = f"{which} {named}{more} broke on {v.metric}; {text}"
+    if v.mode_used != mode:
         text += f"; the baseline mean is below {MIN_RELATIVE_MEAN}, so the limit is absolute"
     return text
+
+
+def _below(value: float, floor: float) -> str:
+    """`0.680, below 0.7`, with as many digits as it takes to tell them apart."""
+    digits = next(d for d in (3, 4, 5, 10) if float(f"{value:.{d}f}") < floor or d == 10)
+    return f"{value:.{digits}f}, below {floor:g}"
+
+
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def _more_items(verdicts: Sequence[MetricVerdict]) -> str:
+    """What makes an open verdict decidable."""
+    needed = [v.items_needed for v in verdicts if v.verdict == "INCONCLUSIVE" and v.items_needed is not None]
+    paired = max((v.paired for v in verdicts), default=0)
+    enough = f"about {max(needed)} items" if needed and max(needed) > paired else "more items"
+    return (
+        f"{enough} would tell: add some to the test set or its reserve, or let a person look at what changed"
+    )
 
 
 def _sentence(verdict: Verdict, verdicts: Sequence[MetricVerdict]) -> str:
@@ -333,14 +609,32 @@ def _sentence(verdict: Verdict, verdicts: Sequence[MetricVerdict]) -> str:
     worst = sorted((v for v in verdicts if v.verdict == verdict), key=used, reverse=True)
     if verdict == "PASS":
         size = f"{_count(len(verdicts), 'metric')} over {max(v.paired for v in verdicts)} items"
+        warned = "".join(
+            f"; {warning}" for v in worst for warning in v.warnings if warning.startswith("WARN")
+        )
         if all(not v.changed for v in verdicts):
-            return f"no score changed; {size}"
+            return (
+                f"no score changed; {size}; every drop is 0.0 pt, interval 0.0 to 0.0 pt, {_limits(verdicts)}"
+            )
         if used(worst[0]) > 0:
-            return f"no metric fell to its limit; closest: {worst[0].sentence}"
+            return f"no metric fell to its limit; closest: {worst[0].sentence}{warned}"
         if used(worst[-1]) < 0:
             return f"no metric fell; {worst[-1].sentence}"
-        return f"no metric changed on average; {size}"
-    return "; ".join([worst[0].sentence, *(f"also {v.sentence}" for v in worst[1:])])
+        return f"no metric changed on average; {size}; {worst[0].sentence}"
+    text = "; ".join([worst[0].sentence, *(f"also {v.sentence}" for v in worst[1:])])
+    return f"too few items to tell whether a limit is reached: {text}" if verdict == "INCONCLUSIVE" else text
+
+
+def _limits(verdicts: Sequence[MetricVerdict]) -> str:
+    """The limits of all metrics in points and as shares, from the least to the largest."""
+
+    def between(values: list[float], unit: str, form: str) -> str:
+        low, high = f"{min(values) * 100:{form}}", f"{max(values) * 100:{form}}"
+        return f"{low} {unit}" if low == high else f"{low} to {high} {unit}"
+
+    shares = [v.limit_relative for v in verdicts if v.limit_relative is not None]
+    text = f"limit {between([v.limit or 0.0 for v in verdicts], 'pt', '.1f')}"
+    return f"{text} = {between(shares, '%', '.3g')}" if shares else text
 
 
 def _invalid_sentence(reasons: Sequence[str]) -> str:
@@ -352,13 +646,22 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def _distinct_points(drop: float, limit: float) -> tuple[str, str]:
-    """Both in points, with as many digits as it takes to tell them apart."""
+def _distinct_points(drop: float, limit: float, lower: float, upper: float) -> tuple[str, str, str, str]:
+    """All four in points, with as many digits as it takes to tell drop and upper bound from the limit."""
+
+    def text(value: float, digits: int) -> str:
+        shown = f"{value * 100:.{digits}f}".replace("-", "−")
+        return shown.lstrip("−") if not shown.strip("−0.") else shown  # no −0.0
+
     for digits in (1, 2, 3, 4):
-        fell, allowed = f"{drop * 100:.{digits}f} pt", f"{limit * 100:.{digits}f} pt"
-        if fell != allowed or abs(drop - limit) <= SAME:
+        alike = (
+            abs(value - limit) > SAME and text(value, digits) == text(limit, digits)
+            for value in (drop, upper)
+        )
+        if not any(alike):
             break
-    return (points(drop), allowed) if digits == 1 else (fell, allowed)
+    fell = points(drop) if digits == 1 else f"{text(abs(drop), digits)} pt"
+    return fell, f"{text(limit, digits)} pt", text(lower, digits), f"{text(upper, digits)} pt"
 
 
 def _shorten_pair(old: str | None, new: str | None, width: int = 24) -> tuple[str, str]:

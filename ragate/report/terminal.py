@@ -59,6 +59,10 @@ def print_gate(console: Console, run: Run, gate: GateResult) -> None:
         if verdict.verdict == "FAIL":
             _print_items(console, f"{verdict.metric}, largest drops", _fallen(verdict))
     _print_notes(console, run)
+    for warning in gate.warnings:
+        console.print(Text(f"! {plain(warning)}", "yellow"), soft_wrap=True)
+    if gate.verdict != "INVALID":
+        console.print(Text(plain(_power(gate)), "dim"), soft_wrap=True)
     if len(gate.reasons) > 1:
         for reason in gate.reasons:
             console.print(Text(f"  - {plain(reason)}"), soft_wrap=True)
@@ -67,6 +71,19 @@ def print_gate(console: Console, run: Run, gate: GateResult) -> None:
     console.print(line, soft_wrap=True)
     if gate.way_out:
         console.print(Text(f"  {plain(gate.way_out)}", "dim"), soft_wrap=True)
+
+
+def _power(gate: GateResult) -> str:
+    """How small a drop this run could see, and what it takes to see one of the limit."""
+    parts = []
+    for v in gate.metrics:
+        if v.detectable is None or v.items_needed is None or v.limit is None:
+            continue
+        true = "" if v.detectable_true is None else f", {points(v.detectable_true)} true by this judge"
+        parts.append(
+            f"{v.metric} {points(v.detectable)}{true} ({points(v.limit)} takes {v.items_needed} items)"
+        )
+    return f"detectable drop: {'; '.join(parts)}"
 
 
 def print_baseline_diff(console: Console, diff: BaselineDiff) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 from datetime import UTC, datetime, timedelta, timezone
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from runs import errored_run, good_run, partial_run, plain_run, worse_run
 
 from ragate.errors import BaselineError
 from ragate.gate.baseline import (
+    age_of,
     baseline_of,
     baseline_path,
     diff_baselines,
@@ -19,9 +20,6 @@ from ragate.gate.baseline import (
     load_baseline,
     save_baseline,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 DATE = datetime(2025, 11, 20, 9, 30, 15, tzinfo=UTC)
 COMMIT = "3f2a91c0" * 5
@@ -96,7 +94,8 @@ def _text(**changes: object) -> str:
         ("<<<<<<< HEAD\n{}", "not a baseline"),
         ("[]", "not a baseline"),
         ("[" * 100_000, "not a baseline"),
-        (_text(version=2), "newer than this ragate"),
+        (_text(version=3), "newer than this ragate"),
+        (_text(version=0), "older than this ragate reads (1); make a new one with `ragate baseline set`"),
         (_text(items={"q000": {"m": 7}}), "items.q000.m"),
         (_text(items={"q000": {"m": "0.5"}}), "items.q000.m"),
         (_text(items={"q000": {"m": True}}), "items.q000.m"),
@@ -160,6 +159,50 @@ def test_a_diff_names_items_that_came_and_went() -> None:
     diff = diff_baselines(old, new)
     assert diff.testset_changed
     assert (diff.added, diff.removed) == (("serving-012", "serving-013"), ())
+
+
+def test_a_baseline_of_version_1_is_still_read_and_kept_as_version_2(tmp_path: Path) -> None:
+    fields = baseline_of(plain_run({"m": [1.0, 0.5]}), commit=None, date=DATE).model_dump(mode="json")
+    for name in ("reserve_hash", "reserve", "critical", "reason"):
+        del fields[name]
+    (tmp_path / "b.json").write_text(json.dumps(fields | {"version": 1}))
+    old = load_baseline(tmp_path / "b.json")
+    assert (old.values("m"), old.reserve_hash, old.critical) == ({"q000": 1.0, "q001": 0.5}, None, ())
+    save_baseline(old, tmp_path / "c.json")
+    assert json.loads((tmp_path / "c.json").read_text())["version"] == 2
+
+
+def test_the_committed_baseline_of_the_quickstart_is_read() -> None:
+    old = load_baseline(Path(__file__).parents[2] / "baselines/quickstart.json")
+    assert (len(old.items), old.suite) == (12, "quickstart")
+
+
+def test_a_baseline_holds_what_is_critical_what_is_reserve_and_why_it_was_accepted() -> None:
+    run = plain_run({"m": [1.0, 0.5, 0.0]}, reserve_hash="r" * 64)
+    marks: tuple[dict[str, object], ...] = ({"critical": True}, {}, {"reserve": True})
+    items = tuple(item.model_copy(update=mark) for item, mark in zip(run.items, marks, strict=True))
+    kept = baseline_of(run.model_copy(update={"items": items}), commit=None, date=DATE, reason="k = 5")
+    assert (kept.critical, kept.reserve, kept.reserve_hash) == (("q000",), ("q002",), "r" * 64)
+    assert kept.reason == "k = 5"
+
+
+def test_the_age_of_a_baseline_is_told_in_days_and_commits(tmp_path: Path) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    commit = [*git, "commit", "-q", "--allow-empty", "-m", "x", "--no-gpg-sign"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run(commit, check=True)
+    baseline = baseline_of(plain_run({"m": [1.0]}), commit=git_commit(tmp_path), date=DATE)
+    short = (baseline.commit or "")[:10]
+    assert age_of(baseline, DATE, tmp_path) == f"made today; commit {short}, 0 commits ago"
+    for _ in range(3):
+        subprocess.run(commit, check=True)
+    assert (
+        age_of(baseline, DATE + timedelta(days=12), tmp_path) == f"12 days old; commit {short}, 3 commits ago"
+    )
+    old = age_of(baseline, DATE + timedelta(days=91), tmp_path)
+    assert old.startswith(f"91 days old; commit {short}, 3 commits ago; old: make it anew")
+    gone = baseline.model_copy(update={"commit": "--version"})
+    assert age_of(gone, DATE + timedelta(days=1), tmp_path) == "1 day old; commit --version"
 
 
 def test_equal_baselines_have_an_empty_diff() -> None:

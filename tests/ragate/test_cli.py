@@ -124,7 +124,13 @@ def test_help_names_every_command_and_version_is_that_of_the_package(ragate: Rag
     [
         (["eval", "--tresshold", "0.1"], "No such option '--tresshold'"),
         (["evla"], "No such command 'evla'. Did you mean 'eval'?"),
-        (["check", "--current", "x"], "Missing option '--baseline'; see `ragate check --help`"),
+        (
+            ["check", "--current", "x"],
+            "give a baseline and a run: `ragate check BASELINE RUN`; see `ragate check --help`",
+        ),
+        (["check", "base"], "give a baseline and a run"),
+        (["check", "base", "head", "more"], "give a baseline and a run"),
+        (["check", "base", "--current", "head"], "give a baseline and a run"),
         (["eval", "--threshold", "much"], "'--threshold': 'much' is not a valid float"),
         (["eval", "--threshold", "7"], "--threshold: input should be less than or equal to 1"),
         (["eval", "--metrics", "faithfulnes"], "did you mean 'faithfulness'?"),
@@ -313,8 +319,8 @@ def test_a_report_is_made_again_from_the_stored_run_without_any_model(
     ragate: Ragate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAGATE_CACHE", str(tmp_path / "cache"))
-    store(worse_run(40), "run")
-    store(good_run(40), "good")
+    store(worse_run(), "run")
+    store(good_run(), "good")
     ragate("baseline", "set", "good")
     Path("run/report.html").write_text("old")
     assert ragate("report", "run").out == "wrote run/report.html\nwrote run/comment.md\n"
@@ -385,7 +391,7 @@ def test_eval_without_a_baseline_is_invalid_and_its_stdout_is_the_format_alone(
     assert comment.out.startswith("<!-- ragate:cases -->\n")
 
 
-def test_metrics_that_were_asked_for_are_compared_alone_and_others_that_are_missing_are_invalid(
+def test_a_metric_that_the_baseline_has_and_the_run_has_not_is_invalid_unless_check_names_the_others(
     ragate: Ragate, fake_judge: tuple[str, ...]
 ) -> None:
     narrow = (*fake_judge, "--metrics", "faithfulness")
@@ -407,16 +413,21 @@ def test_metrics_that_were_asked_for_are_compared_alone_and_others_that_are_miss
     ragate("baseline", "set", store(four, "four"))
 
     ended = ragate(*narrow, "--format", "json")
-    assert ended.code == 0
-    assert [metric["metric"] for metric in json.loads(ended.out)["gate"]["metrics"]] == ["faithfulness"]
+    assert ended.code == 3
+    lacks = [f"{metric} is missing in the run" for metric in others]
+    assert json.loads(ended.out)["gate"]["reasons"] == lacks
+    Path("ragate.toml").write_text('metrics = ["faithfulness"]\n')  # as a pull request might
+    assert "context_precision is missing in the run" in ragate(*fake_judge).out
     compared = ("check", "--baseline", "baselines/cases.json", "--current", ".ragate/cases")
     missing = ragate(*compared)
     assert missing.code == 3
     assert "context_precision is missing in the run" in missing.out
-    assert ragate(*compared, "--metrics", "faithfulness").code == 0
+    narrowed = ragate(*compared, "--metrics", "faithfulness", "--format", "json")
+    assert narrowed.code == 0
+    assert [metric["metric"] for metric in json.loads(narrowed.out)["gate"]["metrics"]] == ["faithfulness"]
     assert ragate(*compared, "--metrics", "context_recall").code == 3
     ragate("report", ".ragate/cases")
-    assert "PASS" in Path(".ragate/cases/comment.md").read_text()
+    assert "is missing in the run" in Path(".ragate/cases/comment.md").read_text()
 
     before = Path("baselines/cases.json").read_bytes()
     said = sentence(ragate("baseline", "set", ".ragate/cases"))

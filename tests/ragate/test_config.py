@@ -9,6 +9,7 @@ import pytest
 
 from ragate.config import KEYS, Settings, load_settings
 from ragate.errors import ConfigError
+from ragate.gate.verdict import Rule
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,6 +47,12 @@ def test_the_defaults_are_the_documented_ones(tmp_path: Path) -> None:
         "baseline": None,
         "threshold": 0.05,
         "threshold_mode": "relative",
+        "gate": {},
+        "strategy": "significant",
+        "on_inconclusive": "auto",
+        "reserve": "auto",
+        "release": None,
+        "judge_accuracy": None,
         "device": "auto",
         "limit": None,
         "out": None,
@@ -89,6 +96,12 @@ def test_every_setting_has_a_text_and_a_variable(tmp_path: Path, monkeypatch: py
         "baseline": "b.json",
         "threshold": "0.2",
         "threshold_mode": "absolute",
+        "gate": '{"faithfulness": {"min": 0.7}}',
+        "strategy": "point",
+        "on_inconclusive": "warn",
+        "reserve": "never",
+        "release": "r.json",
+        "judge_accuracy": "0.75",
         "device": "cpu",
         "limit": "3",
         "out": "o",
@@ -105,7 +118,8 @@ def test_every_setting_has_a_text_and_a_variable(tmp_path: Path, monkeypatch: py
     settings = load(tmp_path)
     assert settings.metrics == ("faithfulness",)
     assert settings.target_options == {"k": 3}
-    texts = {n: str(getattr(settings, n)) for n in KEYS if n not in ("metrics", "target_options")}
+    assert settings.gate == {"faithfulness": Rule(min=0.7)}
+    texts = {n: str(getattr(settings, n)) for n in KEYS if n not in ("metrics", "target_options", "gate")}
     assert texts == {n: v for n, v in values.items() if n in texts} | {
         "target_timeout": "5.0",
         "call_timeout": "9.0",
@@ -130,6 +144,53 @@ def test_metrics_are_a_list_or_commas_in_either_spelling(tmp_path: Path, value: 
 def test_ragas_long_names_are_understood(tmp_path: Path) -> None:
     names = "LLMContextRecall,LLMContextPrecisionWithReference"
     assert load(tmp_path, metrics=names).metrics == ("context_recall", "context_precision")
+
+
+def test_a_metric_has_a_limit_and_a_floor_of_its_own_in_either_spelling(tmp_path: Path) -> None:
+    text = """
+    [gate.AnswerRelevancy]
+    threshold = 0.02
+    threshold-mode = "absolute"
+    [gate.faithfulness]
+    min = 0.7
+    """
+    assert load(tmp_path, text).gate == {
+        "answer_relevance": Rule(threshold=0.02, threshold_mode="absolute"),
+        "faithfulness": Rule(min=0.7),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "[gate.faithfulnes]\nmin = 0.2",
+            "gate: there is no metric 'faithfulnes'; did you mean 'faithfulness'?",
+        ),
+        (
+            "[gate.faithfulness]\nmin = 2",
+            "gate.faithfulness.min: input should be less than or equal to 1, got 2",
+        ),
+        (
+            "[gate.faithfulness]\nmin = true",
+            "gate.faithfulness.min: input should be a valid number, got True",
+        ),
+        ("[gate.faithfulness]\nmni = 0.2", "gate.faithfulness.mni: extra inputs are not permitted"),
+        ("[gate]\nfaithfulness = 0.2", "gate.faithfulness: input should be a valid dictionary"),
+        ("[gate.faithfulness]\n[gate.Faithfulness]", "gate: faithfulness is there twice"),
+        ("judge_accuracy = 0.5", "judge_accuracy: input should be greater than 0.5"),
+        ('strategy = "bayes"', "strategy: input should be 'significant' or 'point', got 'bayes'"),
+    ],
+)
+def test_a_mistaken_gate_is_one_sentence_with_its_place(tmp_path: Path, text: str, says: str) -> None:
+    assert refusal(tmp_path, text).startswith(f"ragate.toml: {says}")
+
+
+def test_the_release_is_a_path_of_the_settings_file(tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "ragate.toml").write_text('release = "baselines/release.json"')
+    assert load(tmp_path / "sub").release == "../baselines/release.json"
 
 
 def test_a_table_gives_the_target_its_options(tmp_path: Path) -> None:

@@ -97,9 +97,9 @@ def test_the_verdict_sentence_stands_before_everything_else() -> None:
     page = Page(_render(worse_run(), good_run()))
     first = next(tag for tag, _ in page.tags if tag in ("h1", "h2", "h3"))
     assert first == "h1"
-    assert "FAIL faithfulness fell 11.3 pt (limit 4.7 pt), from 0.931 to 0.817 over 100 items" in page.words
-    assert "also context recall fell 8.8 pt (limit 4.7 pt)" in page.words
-    assert "If the change is wanted, ragate baseline set accepts it" in page.words
+    assert "FAIL faithfulness fell 11.3 pt (limit 4.7 pt = 5 %, 90 % interval" in page.words
+    assert "also context recall fell 8.8 pt (limit 4.7 pt = 5 %," in page.words
+    assert "If the change is wanted, ragate baseline bless accepts it" in page.words
 
 
 def test_the_cards_show_score_baseline_delta_and_limit_worst_first() -> None:

@@ -32,7 +32,7 @@ def test_the_comment_begins_with_its_marker_and_an_alert_in_words() -> None:
     lines = _comment(worse_run(), good_run()).splitlines()
     assert lines[:2] == ["<!-- ragate:llm-serving -->", "> [!CAUTION]"]
     assert lines[2].startswith(
-        "> **❌ FAIL** llm-serving: faithfulness fell 11.3 pt (limit 4.7 pt), from 0.931 to 0.817"
+        "> **❌ FAIL** llm-serving: faithfulness fell 11.3 pt (limit 4.7 pt = 5 %, 90 % interval"
     )
 
 
@@ -94,7 +94,7 @@ def test_the_footer_names_judge_fingerprint_items_baseline_and_the_way_to_accept
         "baseline 3f2a91c73f, 2025-11-20 09:30 UTC</sub>"
     ) in text
     assert "[Full report](https://example.org/report.html?a=1#x)" in text
-    assert "If the change is wanted, `ragate baseline set` accepts it as the new baseline." in text
+    assert "If the change is wanted, `ragate baseline bless` accepts it as the new baseline." in text
 
 
 @pytest.mark.parametrize("url", ["javascript:alert(1)", "https://x/) [y](https://z", "https://x/ y"])

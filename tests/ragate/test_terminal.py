@@ -48,9 +48,10 @@ def test_the_gate_prints_a_row_for_each_metric_and_the_sentence_last_but_the_way
     cells = ["faithfulness", "0.931", "0.817", "−11.3 pt", "−4.7 pt", "100", "all ok", "✗ FAIL"]
     assert re.split(r"\s{2,}", row.strip()) == cells
     assert lines[-2].startswith(
-        "✗ FAIL: faithfulness fell 11.3 pt (limit 4.7 pt), from 0.931 to 0.817 over 100 items"
+        "✗ FAIL: faithfulness fell 11.3 pt (limit 4.7 pt = 5 %, 90 % interval of the drop 7.1 to 17.4 pt, p 0.008), "
+        "from 0.931 to 0.817 over 100 items"
     )
-    assert "`ragate baseline set`" in lines[-1]
+    assert "`ragate baseline bless`" in lines[-1]
 
 
 @pytest.mark.parametrize("run", [worse_run(), errored_run(), good_run(fingerprint={"judge": "x"})])
@@ -69,10 +70,16 @@ def test_failing_metrics_list_their_largest_drops() -> None:
 
 
 def test_a_passing_gate_ends_with_its_sentence() -> None:
-    assert (
-        _gate(good_run(12), good_run(12)).splitlines()[-1]
-        == "✓ PASS: no score changed; 4 metrics over 12 items"
-    )
+    last = _gate(good_run(12), good_run(12)).splitlines()[-1]
+    assert last.startswith("✓ PASS: no score changed; 4 metrics over 12 items; every drop is 0.0 pt, ")
+
+
+def test_what_drop_could_be_seen_is_always_printed_and_warnings_are() -> None:
+    lines = _gate(worse_run(), good_run()).splitlines()
+    seen = next(line for line in lines if line.startswith("detectable drop: "))
+    assert "faithfulness 7.0 pt (4.7 pt takes 230 items)" in seen
+    few = _gate(worse_run(20), good_run(20)).splitlines()
+    assert sum("too few to tell how clusters differ" in line for line in few) <= 1
 
 
 def test_states_that_are_not_ok_are_counted_in_the_table() -> None:
@@ -97,7 +104,10 @@ def test_a_run_alone_prints_scores_and_notes() -> None:
 
 def test_the_verdict_sentence_is_one_line_however_narrow_the_terminal_is() -> None:
     lines = _gate(worse_run(), good_run(), width=60).splitlines()
-    assert any(line.startswith("✗ FAIL: faithfulness") and line.endswith("over 100 items") for line in lines)
+    assert any(
+        line.startswith("✗ FAIL: faithfulness") and line.endswith("over 100 items of 11 clusters")
+        for line in lines
+    )
 
 
 def test_a_diff_of_baselines_prints_means_items_and_fields() -> None:

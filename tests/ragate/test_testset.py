@@ -110,7 +110,8 @@ def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "column"), [(f, c) for f, cs in testset.COLUMNS.items() for c in cs if f != "critical"]
+    ("field", "column"),
+    [(f, c) for f, cs in testset.COLUMNS.items() for c in cs if f not in ("critical", "reserve")],
 )
 def test_every_alias_is_read_in_any_case(tmp_path: Path, field: str, column: str) -> None:
     record: Record = {"question": "q"} | {column.upper().replace("_", " "): "value"}
@@ -118,6 +119,32 @@ def test_every_alias_is_read_in_any_case(tmp_path: Path, field: str, column: str
         del record["question"]
     (item,) = load_testset(str(write_jsonl(tmp_path / "a.jsonl", [record]))).items
     assert getattr(item, field) == (("value",) if field == "contexts" else "value")
+
+
+def test_rows_marked_as_reserve_are_kept_apart_and_leave_the_hash_of_the_rest_as_it_is(
+    tmp_path: Path,
+) -> None:
+    rows: list[Record] = [{"id": f"q{i}", "question": f"Question {i}?"} for i in range(4)]
+    whole = load_testset(str(write_jsonl(tmp_path / "whole.jsonl", rows[:2])))
+    marked = [*rows[:1], rows[2] | {"reserve": True}, *rows[1:2], rows[3] | {"reserve": "yes"}]
+    found = load_testset(str(write_jsonl(tmp_path / "marked.jsonl", marked)))
+    assert ([i.id for i in found.items], [i.id for i in found.reserve]) == (["q0", "q1"], ["q2", "q3"])
+    assert (found.hash, whole.reserve_hash) == (whole.hash, None)
+    assert found.reserve_hash == testset.items_hash(found.reserve)
+    assert [item.id for item in found.with_reserve().items] == ["q0", "q1", "q2", "q3"]
+    limited = load_testset(str(tmp_path / "marked.jsonl"), limit=2)
+    assert ([i.id for i in limited.items], limited.reserve, limited.reserve_hash) == (["q0", "q1"], (), None)
+
+
+def test_a_folders_reserve_is_marked_as_such_and_a_set_of_nothing_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "suite").mkdir()
+    write_jsonl(tmp_path / "suite/core.jsonl", [{"id": "a", "question": "A?"}])
+    write_jsonl(tmp_path / "suite/reserve.jsonl", [{"id": "b", "question": "B?"}])
+    found = load_testset(str(tmp_path / "suite"))
+    assert [(item.id, item.reserve) for item in found.with_reserve().items] == [("a", False), ("b", True)]
+    write_jsonl(tmp_path / "all.jsonl", [{"question": "A?", "reserve": True}])
+    with pytest.raises(TestSetError, match="no items in it but the reserve"):
+        load_testset(str(tmp_path / "all.jsonl"))
 
 
 def test_ragas_version_1_and_2_columns_are_read(tmp_path: Path) -> None:

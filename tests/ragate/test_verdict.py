@@ -1,20 +1,22 @@
-"""The verdict: words, limits and exit codes of GATE.md under the point rule."""
+"""The verdict: words, limits, floors, reserve, drift and exit codes of GATE.md."""
 
 from __future__ import annotations
 
 import math
 import random
+import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import FINGERPRINT, broken_run, errored_run, good_run, partial_run, plain_run, worse_run
 
 from ragate.errors import ConfigError
 from ragate.gate.baseline import Baseline, baseline_of
-from ragate.gate.verdict import SEVERITY, GateResult, decide
+from ragate.gate.stats import clustered, holm, johnson_bounds, sign_flip_p
+from ragate.gate.verdict import SEVERITY, GateResult, Rule, decide
 
 if TYPE_CHECKING:
     from ragate.run import Run
@@ -32,7 +34,10 @@ def _gate(base: list[float], head: list[float | str], **options: object) -> Gate
 
 def test_a_drop_above_the_limit_fails_and_the_sentence_has_all_the_numbers() -> None:
     result = _gate([0.92] * 100, [0.859] * 100)
-    assert result.sentence == "FAIL: m fell 6.1 pt (limit 4.6 pt), from 0.920 to 0.859 over 100 items"
+    assert result.sentence == (
+        "FAIL: m fell 6.1 pt (limit 4.6 pt = 5 %, 90 % interval of the drop 6.1 to 6.1 pt, p < 0.001), "
+        "from 0.920 to 0.859 over 100 items"
+    )
     assert (result.verdict, result.exit_code) == ("FAIL", 1)
     assert result.metrics[0].limit == pytest.approx(0.046)
     assert result.metrics[0].limit_note == "5 % of 0.920"
@@ -41,7 +46,7 @@ def test_a_drop_above_the_limit_fails_and_the_sentence_has_all_the_numbers() -> 
 def test_a_drop_below_the_limit_passes_and_says_how_close_it_came() -> None:
     result = _gate([0.92] * 20, [0.9] * 20)
     assert result.sentence.startswith(
-        "PASS: no metric fell to its limit; closest: m fell 2.0 pt (limit 4.6 pt)"
+        "PASS: no metric fell to its limit; closest: m fell 2.0 pt (limit 4.6 pt = 5 %, 90 % interval"
     )
     assert result.exit_code == 0
 
@@ -55,7 +60,8 @@ def test_a_drop_of_exactly_the_limit_fails_whatever_the_rounding(base: float, mo
 
 
 def test_numbers_that_look_alike_get_digits_until_they_differ() -> None:
-    assert "fell 4.598 pt (limit 4.600 pt)" in _gate([0.92] * 10, [0.92 - 0.045978] * 10).sentence
+    said = _gate([0.92] * 10, [0.92 - 0.045978] * 10).sentence
+    assert "fell 4.598 pt (limit 4.600 pt = 5 %, 90 % interval of the drop 4.598 to 4.598 pt" in said
 
 
 def test_an_absolute_limit_is_in_score_points() -> None:
@@ -75,23 +81,32 @@ def test_an_unchanged_run_passes_with_a_drop_of_exactly_zero() -> None:
     result = decide(_baseline(run), run)
     assert [m.drop for m in result.metrics] == [0.0] * 4
     assert [m.detectable for m in result.metrics] == [0.0] * 4
-    assert result.sentence == "PASS: no score changed; 4 metrics over 100 items"
+    assert [(m.lower, m.upper, m.p) for m in result.metrics] == [(0.0, 0.0, 1.0)] * 4
+    assert result.sentence == (
+        "PASS: no score changed; 4 metrics over 100 items; "
+        "every drop is 0.0 pt, interval 0.0 to 0.0 pt, limit 4.2 to 4.7 pt = 5 %"
+    )
 
 
 def test_an_unchanged_run_passes_a_threshold_of_zero_and_any_loss_fails_it() -> None:
     assert _gate([0.9] * 10, [0.9] * 10, threshold=0.0).verdict == "PASS"
-    assert _gate([0.9] * 10, [0.9] * 9 + [0.899], threshold=0.0).verdict == "FAIL"
+    assert _gate([0.9] * 10, [0.9] * 9 + [0.899], threshold=0.0, strategy="point").verdict == "FAIL"
+    assert _gate([0.9] * 10, [0.9] * 9 + [0.899], threshold=0.0).exit_code == 2  # one item may be chance
+    assert _gate([0.9] * 10, [0.899] * 10, threshold=0.0).verdict == "FAIL"
 
 
 def test_the_run_takes_the_worst_metric_and_names_every_failing_one() -> None:
     result = decide(_baseline(good_run()), worse_run())
     verdicts = {m.metric: m.verdict for m in result.metrics}
-    assert verdicts == {
-        "context_precision": "PASS",
-        "context_recall": "FAIL",
-        "faithfulness": "FAIL",
-        "answer_relevance": "PASS",
-    }
+    assert (
+        verdicts
+        == {
+            "context_precision": "INCONCLUSIVE",  # 11 clusters: the upper bound of 1.6 points is 4.5, the limit 4.2
+            "context_recall": "FAIL",
+            "faithfulness": "FAIL",
+            "answer_relevance": "INCONCLUSIVE",
+        }
+    )
     assert result.verdict == "FAIL"
     assert result.sentence.startswith("FAIL: faithfulness fell")
     assert "; also context_recall fell" in result.sentence
@@ -227,7 +242,8 @@ def test_naming_metrics_narrows_the_comparison_to_them() -> None:
     base = _baseline(good_run())
     result = decide(base, worse_run(), metrics=["answer_relevance"])
     assert [m.metric for m in result.metrics] == ["answer_relevance"]
-    assert result.verdict == "PASS"
+    assert result.verdict == "INCONCLUSIVE"
+    assert decide(base, worse_run(), metrics=["answer_relevance"], strategy="point").verdict == "PASS"
     assert decide(base, good_run(), metrics=["nonsense"]).verdict == "INVALID"
     assert decide(base, good_run(), metrics=[]).verdict == "INVALID"
 
@@ -255,17 +271,247 @@ def test_an_unknown_mode_is_refused() -> None:
         _gate([1.0] * 10, [1.0] * 10, mode="percent")
 
 
+# What is chance, and what is not
+
+
+def test_bounds_and_p_are_those_of_the_paired_drops() -> None:
+    rng = random.Random(1)
+    base = [rng.choice([1.0, 1.0, 0.75, 0.5]) for _ in range(60)]
+    head = [b if rng.random() < 0.7 else rng.random() for b in base]
+    metric = _gate(base, [*head]).metrics[0]
+    drops = [b - h for b, h in zip(base, head, strict=True)]
+    bounds = johnson_bounds(drops)
+    assert (metric.lower, metric.upper) == pytest.approx((bounds.lower, bounds.upper))
+    assert metric.p == metric.p_alone == sign_flip_p(drops)
+    assert metric.items_needed == math.ceil((2.486 * bounds.error * math.sqrt(60) / (metric.limit or 0)) ** 2)
+
+
+def test_a_drop_above_the_limit_that_chance_may_have_made_is_inconclusive_and_exits_2() -> None:
+    result = _gate([1.0] * 40, [0.0] * 3 + [1.0] * 37)  # 7.5 points, p = 1/8
+    assert (result.verdict, result.exit_code) == ("INCONCLUSIVE", 2)
+    assert result.metrics[0].p == 1 / 8
+    assert "INCONCLUSIVE: too few items to tell whether a limit is reached: m fell 7.5 pt" in result.sentence
+    assert "about 176 items would tell" in (result.way_out or "")
+    assert result.metrics[0].items_needed == 176
+
+
+def test_a_drop_below_the_limit_whose_bound_is_above_it_is_inconclusive_and_only_warns() -> None:
+    result = _gate([1.0] * 40, [0.0] + [1.0] * 39)  # 2.5 points, upper bound above 5
+    assert result.metrics[0].upper is not None and result.metrics[0].upper > 0.05
+    assert (result.verdict, result.exit_code) == ("INCONCLUSIVE", 0)
+
+
+@pytest.mark.parametrize(("fallen", "codes"), [(3, (2, 2, 0)), (1, (0, 2, 0))])
+def test_what_inconclusive_does_can_be_chosen(fallen: int, codes: tuple[int, int, int]) -> None:
+    head = [0.0] * fallen + [1.0] * (40 - fallen)
+    found = [_gate([1.0] * 40, [*head], on_inconclusive=how) for how in ("auto", "fail", "warn")]
+    assert [result.verdict for result in found] == ["INCONCLUSIVE"] * 3
+    assert tuple(result.exit_code for result in found) == codes
+
+
+def test_by_the_point_strategy_the_mean_alone_decides() -> None:
+    assert _gate([1.0] * 40, [0.0] * 3 + [1.0] * 37, strategy="point").verdict == "FAIL"
+    passed = _gate([1.0] * 40, [0.0] + [1.0] * 39, strategy="point")
+    assert (passed.verdict, passed.exit_code) == ("PASS", 0)
+    assert "90 % interval of the drop" in passed.sentence
+    assert ", p " not in passed.sentence
+
+
+def test_a_small_but_real_loss_passes_with_a_warning() -> None:
+    head = [0.98] * 50 + [1.0] * 50
+    result = _gate([1.0] * 100, [*head])
+    assert (result.verdict, result.exit_code) == ("PASS", 0)
+    assert result.warnings == result.metrics[0].warnings
+    assert "WARN: m lost 1.0 pt, less than the limit but not by chance (p < 0.001)" in result.warnings[0]
+    assert result.sentence.endswith(result.warnings[0])
+    assert _gate([1.0] * 100, [0.98] + [1.0] * 99).warnings == ()
+
+
+def test_several_metrics_must_be_surer_by_holms_rule() -> None:
+    head: list[float] = [0.0] * 5 + [1.0] * 45  # p = 1/32 alone, 10 points
+    assert _gate([1.0] * 50, [*head]).verdict == "FAIL"
+    same = [1.0] * 50
+    base = _baseline(plain_run({"a": same, "b": same, "c": same, "d": same}))
+    result = decide(base, plain_run({"a": head, "b": same, "c": same, "d": same}))
+    assert [m.p for m in result.metrics] == pytest.approx(holm([1 / 32, 1, 1, 1]))
+    assert (result.metrics[0].p, result.metrics[0].p_alone) == (4 / 32, 1 / 32)
+    assert result.verdict == "INCONCLUSIVE"
+
+
+def test_items_that_broke_and_were_mended_are_counted_with_mcnemars_p() -> None:
+    metric = _gate(
+        [1.0] * 10 + [0.1] * 3 + [0.5] * 10, [0.2] * 7 + [1.0] * 3 + [0.9, 0.1, 0.1] + [0.0] * 10
+    ).metrics[0]
+    assert (metric.items_broken, metric.items_mended) == (7, 1)
+    assert metric.mcnemar_p == pytest.approx(9 / 256)
+
+
+def test_a_judge_of_known_accuracy_shows_part_of_a_drop_and_the_detectable_one_is_larger() -> None:
+    metric = _gate([1.0] * 50, [0.9, 1.0] * 25, judge_accuracy=0.75).metrics[0]
+    assert metric.detectable_true == pytest.approx(2 * (metric.detectable or 0))
+    assert _gate([1.0] * 50, [0.9, 1.0] * 25).metrics[0].detectable_true is None
+    with pytest.raises(ConfigError, match="judge_accuracy"):
+        _gate([1.0] * 50, [1.0] * 50, judge_accuracy=0.5)
+
+
+# Clusters
+
+
+def _clustered_run(head: list[float], clusters: list[str | None]) -> Run:
+    run = plain_run({"m": head})
+    items = tuple(
+        item.model_copy(update={"cluster": cluster})
+        for item, cluster in zip(run.items, clusters, strict=True)
+    )
+    return run.model_copy(update={"items": items})
+
+
+def test_items_of_one_document_count_together() -> None:
+    names: list[str | None] = [f"d{i // 5}" for i in range(60)]
+    head = [0.5] * 10 + [1.0] * 50  # two of twelve documents fell
+    base = _baseline(plain_run({"m": [1.0] * 60}))
+    together, apart = decide(base, _clustered_run(head, names)), decide(base, plain_run({"m": head}))
+    drops = [1.0 - h for h in head]
+    assert together.metrics[0].clusters == 12
+    assert together.metrics[0].upper == pytest.approx(johnson_bounds(clustered(drops, names)).upper)
+    assert together.metrics[0].p == 1 / 4
+    assert (together.verdict, apart.verdict) == ("INCONCLUSIVE", "FAIL")
+    assert "over 60 items of 12 clusters" in together.sentence
+
+
+def test_an_item_without_a_cluster_is_one_by_itself_and_few_clusters_are_no_clusters() -> None:
+    base = _baseline(plain_run({"m": [1.0] * 30}))
+    head = [0.9] * 10 + [1.0] * 20
+    mixed = decide(base, _clustered_run(head, ["d1"] * 10 + [None] * 20))
+    assert mixed.metrics[0].clusters == 21
+    few = decide(base, _clustered_run(head, [f"d{i % 9}" for i in range(30)]))
+    assert few.metrics[0].clusters is None
+    assert few.metrics[0].upper == decide(base, plain_run({"m": head})).metrics[0].upper
+    assert few.warnings[0].startswith("the items are of 9 clusters, too few to tell how clusters differ")
+
+
+# Limits of one metric, floors, critical items
+
+
+def _two(head_a: list[float], head_b: list[float], **options: object) -> GateResult:
+    base = _baseline(plain_run({"a": [0.8] * 20, "b": [0.8] * 20}))
+    return decide(base, plain_run({"a": head_a, "b": head_b}), **options)  # type: ignore[arg-type]
+
+
+def test_a_metric_may_have_a_limit_and_a_mode_of_its_own() -> None:
+    rules = {"b": Rule(threshold=0.02, threshold_mode="absolute")}
+    result = _two([0.77] * 20, [0.77] * 20, rules=rules)
+    assert [(m.metric, m.verdict, m.limit, m.mode_used) for m in result.metrics] == [
+        ("a", "PASS", pytest.approx(0.04), "relative"),
+        ("b", "FAIL", 0.02, "absolute"),
+    ]
+    assert "b fell 3.0 pt (limit 2.0 pt = 2.5 %" in result.sentence
+
+
+def test_a_mean_below_its_floor_fails_whatever_the_baseline_was() -> None:
+    result = _two([0.8] * 20, [0.79] * 20, rules={"b": Rule(min=0.795)})
+    assert (result.verdict, result.metrics[1].below_floor) == ("FAIL", True)
+    assert "b is at 0.790, below 0.795, its floor; b fell 1.0 pt" in result.sentence
+    assert _two([0.8] * 20, [0.8] * 20, rules={"b": Rule(min=0.9)}, strategy="point").verdict == "FAIL"
+    assert _two([0.8] * 20, [0.8] * 20, rules={"b": Rule(min=0.8)}).verdict == "PASS"
+
+
+def test_a_floor_of_a_metric_that_nobody_scored_is_invalid_not_forgotten() -> None:
+    result = _two([0.8] * 20, [0.8] * 20, rules={"c": Rule(min=0.5)})
+    assert result.reasons == ("c is missing in the baseline and the run",)
+
+
+def test_taking_the_mark_off_a_critical_item_does_not_free_it() -> None:
+    run = good_run()
+    base = _baseline(run)
+    assert "serving-004" in base.critical
+    broken = broken_run()
+    unmarked = broken.model_copy(
+        update={"items": tuple(i.model_copy(update={"critical": False}) for i in broken.items)}
+    )
+    assert decide(base, unmarked).metrics[2].broken == ("serving-004",)
+    assert decide(base, unmarked).verdict == "FAIL"
+
+
+# The reserve
+
+
+def _with_reserve(core: list[float], reserve: list[float], mark: str = "r") -> Run:
+    run = plain_run({"m": [*core, *reserve]}, testset_hash="c" * 64, reserve_hash=mark * 64)
+    items = tuple(i.model_copy(update={"reserve": at >= len(core)}) for at, i in enumerate(run.items))
+    return run.model_copy(update={"items": items})
+
+
+def test_a_reserve_that_both_sides_have_is_compared_with_the_rest() -> None:
+    base = _baseline(_with_reserve([1.0] * 40, [1.0] * 40))
+    core = [0.0] * 3 + [1.0] * 37
+    alone = plain_run({"m": core}, testset_hash="c" * 64)
+    assert decide(base, alone).verdict == "INCONCLUSIVE"
+    assert decide(base, alone).metrics[0].paired == 40
+    whole = decide(base, _with_reserve(core, [0.0] * 4 + [1.0] * 36))
+    assert (whole.verdict, whole.metrics[0].paired) == ("FAIL", 80)
+
+
+def test_a_reserve_that_only_the_run_has_or_in_another_version_is_left_out_and_it_says_so() -> None:
+    run = _with_reserve([1.0] * 20, [0.0] * 20)
+    for base in (
+        _baseline(plain_run({"m": [1.0] * 20}, testset_hash="c" * 64)),
+        _baseline(_with_reserve([1.0] * 20, [1.0] * 20, mark="s")),
+    ):
+        result = decide(base, run)
+        assert (result.verdict, result.metrics[0].paired) == ("PASS", 20)
+        assert result.warnings[0].startswith("the 20 reserve items were not compared: the baseline holds")
+
+
+# Drift
+
+
+def test_small_losses_that_each_pass_are_caught_by_the_pinned_release() -> None:
+    release = _baseline(plain_run({"m": [1.0] * 100}))
+    level, base, caught = 1.0, release, []
+    for _ in range(10):
+        level -= 0.01
+        run = plain_run({"m": [level] * 100})
+        step, pinned = decide(base, run), decide(base, run, release=release)
+        assert (step.verdict, len(step.warnings)) == ("PASS", 1)
+        caught.append(pinned.verdict)
+        base = _baseline(run)
+    assert caught == ["PASS"] * 4 + ["FAIL"] * 6
+    assert pinned.exit_code == 1
+    assert pinned.drift is not None and pinned.drift.verdict == "FAIL"
+    assert pinned.sentence.startswith("FAIL: against the release of 2025-11-20, m fell 10.0 pt")
+
+
+def test_a_release_that_cannot_be_compared_is_invalid() -> None:
+    run = plain_run({"m": [1.0] * 20})
+    other = _baseline(plain_run({"m": [1.0] * 20}, fingerprint={"judge": "older"}))
+    result = decide(_baseline(run), run, release=other)
+    assert (result.verdict, result.exit_code) == ("INVALID", 3)
+    assert result.reasons[0].startswith("against the release of 2025-11-20: ")
+
+
+def test_a_metric_that_is_younger_than_the_release_is_no_obstacle() -> None:
+    run = plain_run({"m": [1.0] * 20, "new": [1.0] * 20})
+    release = _baseline(plain_run({"m": [1.0] * 20}))
+    assert decide(_baseline(run), run, release=release).verdict == "PASS"
+    worse = decide(_baseline(run), plain_run({"m": [0.5] * 20, "new": [1.0] * 20}), release=release)
+    assert (worse.verdict, worse.sentence.startswith("FAIL: m fell")) == ("FAIL", True)
+
+
+# Properties
+
+
 SCORES = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=10, max_size=40)
 
 
 @given(SCORES, st.integers(0, 39), st.floats(0, 1), st.sampled_from(["relative", "absolute"]))
-def test_a_lower_score_never_gives_a_milder_verdict(
+def test_by_the_point_rule_a_lower_score_never_gives_a_milder_verdict(
     scores: list[tuple[float, float]], at: int, lower: float, mode: str
 ) -> None:
     base, head = [b for b, _ in scores], [h for _, h in scores]
     worse = list(head)
     worse[at % len(head)] = min(head[at % len(head)], lower)
-    before, after = _gate(base, [*head], mode=mode), _gate(base, [*worse], mode=mode)
+    before, after = (_gate(base, [*h], mode=mode, strategy="point") for h in (head, worse))
     assert SEVERITY.index(after.verdict) >= SEVERITY.index(before.verdict)
     assert (after.metrics[0].drop or 0) >= (before.metrics[0].drop or 0)
 
@@ -289,3 +535,48 @@ def test_the_order_of_the_items_is_irrelevant(scores: list[tuple[float, float]],
 def test_equal_scores_always_pass_with_no_drop(values: list[float]) -> None:
     result = _gate(values, [*values])
     assert (result.verdict, result.metrics[0].drop) == ("PASS", 0.0)
+
+
+TENTHS = st.integers(0, 20).map(lambda k: k / 20)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(TENTHS, TENTHS), min_size=10, max_size=14),
+    st.integers(1, 200),
+    st.sampled_from(["relative", "absolute"]),
+)
+def test_the_larger_the_drop_the_worse_the_verdict(
+    scores: list[tuple[float, float]], more: int, mode: str
+) -> None:
+    """Every item falls by as much more; from halved scores, so that there is room."""
+    base = [0.5 + b / 2 for b, _ in scores]
+    head = [0.5 + h / 2 for _, h in scores]
+    before = _gate(base, [*head], mode=mode, on_inconclusive="fail")
+    after = _gate(base, [h - more / 400 for h in head], mode=mode, on_inconclusive="fail")
+    assert SEVERITY.index(after.verdict) >= SEVERITY.index(before.verdict)
+    assert (after.metrics[0].drop or 0) > (before.metrics[0].drop or 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SCORES, st.floats(0.01, 0.5))
+def test_no_drop_above_the_limit_exits_0_unless_that_was_asked_for(
+    scores: list[tuple[float, float]], threshold: float
+) -> None:
+    result = _gate([b for b, _ in scores], [h for _, h in scores], threshold=threshold)
+    metric = result.metrics[0]
+    if (metric.drop or 0) >= (metric.limit or 0):
+        assert result.exit_code in (1, 2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SCORES)
+def test_every_sentence_has_the_interval_and_the_limit_in_points_and_as_a_share(
+    scores: list[tuple[float, float]],
+) -> None:
+    for strategy in ("significant", "point"):
+        result = _gate([b for b, _ in scores], [h for _, h in scores], strategy=strategy)
+        assert "interval" in result.sentence
+        assert re.search(r"limit (\d+\.\d+) pt( = [\d.e+]+ %)?", result.sentence)
+        assert result.sentence.startswith(f"{result.verdict}: ")
+        assert "\n" not in result.sentence
