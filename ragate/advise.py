@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ragate.errors import ConfigError
-from ragate.footprint import INT4, PLAIN, Form, Kept, Weights, format_of, forms_of, forms_of_file, weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from ragate_engine import Form, Kept, WeightBytes
     from ragate_engine.config import ModelConfig
     from ragate_engine.devices import Card
     from ragate_engine.roofline import Ceilings
     from ragate_engine.weights import Checkpoint
 
+PLAIN, INT4 = "bf16", "int4 g128"
+"""Floats of 16 bits, and what AWQ and GPTQ make; other formats go by the names of llama.cpp's mixes."""
 CONTEXT = 4096
 """Tokens of a request, where nothing is said and the model reads as many."""
 ENOUGH = 16
@@ -191,13 +193,15 @@ def _text(path: str) -> str:
 
 def advice_on(model: str, checkpoint: Checkpoint, here: Machine, context: int) -> Advice:
     """`advise` for a model that is open and a machine that is known."""
+    from ragate_engine import forms_of
+
     own = format_of(checkpoint.quantization)
     qualities = {quality.name: quality for quality in QUALITIES}
     qualities.setdefault(own, Quality(own, math.inf, "not known"))
     rows: list[Row] = []
     for quality in qualities.values():
         is_file = quality.name == own
-        forms = forms_of_file(checkpoint) if is_file else None
+        forms = checkpoint.forms if is_file else {}
         forms = forms or forms_of(checkpoint.config, quality.name)
         ways: list[Kept] = ["float32"]
         if here.card:
@@ -233,23 +237,17 @@ def _row(
     kept: Kept,
     is_file: bool,
 ) -> Row:
-    from ragate_engine import OutOfMemoryError
-    from ragate_engine.weights import names
+    from ragate_engine import OutOfMemoryError, file_bytes, weight_bytes
 
     config = checkpoint.config
-    stored = sum(path.stat().st_size for path in checkpoint.files) if is_file else 0
-    shapes = names.expected(config)
-    size = stored or round(sum(forms[name].size * math.prod(shape) for name, shape in shapes.items()))
-    weights = weights_of(config, forms, kept)
+    stored = checkpoint.file_bytes if is_file else 0
+    weights = weight_bytes(config, forms, kept)
     kv = _kv_bytes(config, context, 2 if here.card else 4)
     requests, requests_fp8, refused = 0, 0 if here.card else None, None
     try:
         if here.card:
             requests, requests_fp8 = (
-                _requests_on_card(
-                    here.card, checkpoint, context, weights, size if kept == "packed" else None, item
-                )
-                for item in (2, 1)
+                _requests_on_card(here.card, checkpoint, context, weights, item) for item in (2, 1)
             )
         else:
             requests = _requests_on_cpu(here, weights, kv)
@@ -263,7 +261,7 @@ def _row(
         name=quality.name,
         kept=kept,
         is_file=is_file,
-        file_bytes=size,
+        file_bytes=stored or file_bytes(config, forms),
         weight_bytes=weights.held,
         kv_bytes=kv,
         kv_fp8_bytes=kv // 2 if here.card else None,
@@ -286,12 +284,9 @@ def _kv_bytes(config: ModelConfig, tokens: int, item_bytes: int) -> int:
 
 
 def _requests_on_card(
-    card: Card, checkpoint: Checkpoint, context: int, weights: Weights, packed_file: int | None, kv_item: int
+    card: Card, checkpoint: Checkpoint, context: int, weights: WeightBytes, kv_item: int
 ) -> int:
-    """How many requests fit at once by the engine's own sums: it refuses by the first, and serves by the second.
-
-    `packed_file`: bytes of the file whose codes are kept. Raises OutOfMemoryError.
-    """
+    """How many requests fit at once by the engine's own sums. Raises OutOfMemoryError."""
     from ragate_engine import EngineConfig, budget
 
     try:
@@ -301,15 +296,13 @@ def _requests_on_card(
             f"the kernels for {card.name} cannot be loaded ({error}): install triton, or take --device cpu"
         ) from None
     config = checkpoint.config
-    packed = None if packed_file is None else budget.packed_bytes(config, packed_file)
     block = _kv_bytes(config, 1, kv_item)
-    need = budget.need_of(config, checkpoint.parameters, EngineConfig(), 2, block, MAX_PARTS, packed)
-    budget.kv_blocks(card, need)
-    blocks = budget.kv_blocks(card, replace(need, weights=weights.held))
+    need = budget.need_of(config, checkpoint.parameters, EngineConfig(), 2, block, MAX_PARTS, weights.held)
+    blocks = budget.kv_blocks(card, need)
     return min(budget.CARD_BATCH, budget.requests_that_fit(blocks, context))
 
 
-def _requests_on_cpu(here: Machine, weights: Weights, kv: int) -> int:
+def _requests_on_cpu(here: Machine, weights: WeightBytes, kv: int) -> int:
     """How many requests of `kv` bytes fit beside the weights. Raises OutOfMemoryError."""
     from ragate_engine import OutOfMemoryError, budget
     from ragate_engine.runner import CPU_BATCH
@@ -331,7 +324,7 @@ def _kv_gib(kv: int) -> int:
 
 
 def _speed(
-    config: ModelConfig, here: Machine, weights: Weights, kept: Kept, batch: int, context: int
+    config: ModelConfig, here: Machine, weights: WeightBytes, kept: Kept, batch: int, context: int
 ) -> Speed:
     """Decoding by `batch` requests that each have `context` tokens behind them."""
     from ragate_engine.roofline import Shape
@@ -422,6 +415,13 @@ def _way(model: str, rows: Sequence[Row], advised: Row | None) -> str:
     if advised.name == INT4:
         return f"make it: ragate models quantize {model} int4 --method awq.{kept}"
     return f"fetch {model} as {advised.name}.{kept}"
+
+
+def format_of(quantization: str) -> str:
+    """The row that a model of this `quantization` belongs to, or a name of its own."""
+    if quantization.lower() in ("bfloat16", "float16", "float32", "bf16", "f16", "f32"):
+        return PLAIN
+    return INT4 if " int4 g128" in quantization else quantization
 
 
 def gib(size: int, unit: str = " GiB") -> str:

@@ -160,7 +160,7 @@ def _room(settings: Settings, choice: catalog.JudgeChoice) -> str | None:
     """How much KV cache the judge gets on the card, or why it does not fit; `None` where it runs on the CPU."""
     import torch
 
-    from ragate_engine import EngineConfig, EngineError, budget, devices
+    from ragate_engine import EngineConfig, EngineError, budget, devices, weight_bytes
     from ragate_engine.kv import block_bytes
     from ragate_engine.weights import open_checkpoint
 
@@ -174,12 +174,10 @@ def _room(settings: Settings, choice: catalog.JudgeChoice) -> str | None:
         config = EngineConfig(max_batch=settings.max_batch, kv_bytes=kv)
         kept = torch.bfloat16 if settings.kv_dtype == "auto" else torch.float8_e4m3fn
         block = block_bytes(checkpoint.config, kept)
-        kept_bytes = budget.kept_bytes(
-            checkpoint.config, checkpoint.parameters, settings.weights, checkpoint.file_bytes
-        )
-        need = budget.need_of(
-            checkpoint.config, checkpoint.parameters, config, 2, block, MAX_PARTS, kept_bytes
-        )
+        model, forms, way = checkpoint.config, checkpoint.forms, settings.weights
+        held = weight_bytes(model, forms, way).held if way in ("packed", "int8") else None
+        packed = weight_bytes(model, forms, "packed").held if way != "int8" else None
+        need = budget.need_of(model, checkpoint.parameters, config, 2, block, MAX_PARTS, held, packed)
         blocks = budget.kv_blocks(devices.card(), need)
     except EngineError as e:
         return f"it does not fit: {e} (`ragate models advise {choice.name or choice.path}` shows what would)"

@@ -1,8 +1,8 @@
 """ragate_engine: a paged-KV inference engine whose output bits do not depend on who shares the batch.
 
 The front door: `Engine`, `EngineConfig`, `SamplingParams`, `Completion` and the errors; `open_checkpoint`,
-`quantize_model` and `write_gguf` for models as files. Importing this package does not import torch; the first touch of
-those does.
+`quantize_model` and `write_gguf` for models as files; `forms_of`, `file_bytes` and `weight_bytes` for what they take.
+Importing this package does not import torch; the first touch of those does.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from ragate_engine.request import Completion, SamplingParams, TokenInfo, Usage
 
 if TYPE_CHECKING:
     from ragate_engine.engine import Engine
+    from ragate_engine.footprint import Kept, WeightBytes, file_bytes, forms_of, weight_bytes
+    from ragate_engine.quant.tensor import Form
     from ragate_engine.quantize import quantize as quantize_model
     from ragate_engine.weights import Checkpoint, open_checkpoint
     from ragate_engine.weights.gguf_write import write_gguf
@@ -39,7 +41,9 @@ __all__ = [
     "EngineClosedError",
     "EngineConfig",
     "EngineError",
+    "Form",
     "GrammarError",
+    "Kept",
     "ModelConfig",
     "ModelFileError",
     "OutOfMemoryError",
@@ -48,8 +52,12 @@ __all__ = [
     "TokenInfo",
     "Tokenizer",
     "Usage",
+    "WeightBytes",
+    "file_bytes",
+    "forms_of",
     "open_checkpoint",
     "quantize_model",
+    "weight_bytes",
     "write_gguf",
 ]
 
@@ -57,9 +65,15 @@ __all__ = [
 _LATER = {
     "Checkpoint": ("weights", "Checkpoint"),
     "Engine": ("engine", "Engine"),
+    "Form": ("quant.tensor", "Form"),
+    "Kept": ("footprint", "Kept"),
     "Tokenizer": ("weights.tokenizer", "Tokenizer"),
+    "WeightBytes": ("footprint", "WeightBytes"),
+    "file_bytes": ("footprint", "file_bytes"),
+    "forms_of": ("footprint", "forms_of"),
     "open_checkpoint": ("weights", "open_checkpoint"),
     "quantize_model": ("quantize", "quantize"),
+    "weight_bytes": ("footprint", "weight_bytes"),
     "write_gguf": ("weights.gguf_write", "write_gguf"),
 }
 """Where names are that bring torch."""

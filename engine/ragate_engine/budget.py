@@ -9,7 +9,6 @@ is refused in a second; and after, from the memory that is then free, which give
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from ragate_engine.config import BLOCK_SIZE, MAX_LEN, EngineConfig, ModelConfig
 from ragate_engine.devices import Card
@@ -53,27 +52,14 @@ class Need:
     """Requests at once: more blocks than they can use would lie idle."""
     kv: int | None = None
     """What the setting asks for KV blocks; `None` is all that is left."""
-    keeps_packed: bool = False
-    """Whether quantized weights stay packed on the card, so that a smaller file takes less of it."""
+    table: int = 0
+    """The embedding's bytes, which is dense in any case."""
+    packed: int | None = None
+    """What the weights take packed: where they are, a smaller file takes less; where they are not, they could be."""
 
     def loaded(self) -> Need:
         """What is still to come once weights and rope tables are on the card."""
         return replace(self, weights=0, rope=0)
-
-
-def kept_bytes(
-    model: ModelConfig, parameters: int, weights: Literal["auto", "packed", "dense", "int8"], file_bytes: int
-) -> int | None:
-    """What weights take that are not unpacked, by the setting `weights`; `None` where they are dense."""
-    if weights == "packed":
-        return packed_bytes(model, file_bytes)
-    # a byte each, but for the embedding and the head
-    return parameters + 3 * model.vocab_size * model.hidden_size if weights == "int8" else None
-
-
-def packed_bytes(model: ModelConfig, file_bytes: int) -> int:
-    """What the weights of a quantized file take, kept packed: scales in other words, and a dense embedding."""
-    return file_bytes * 9 // 8 + 2 * model.vocab_size * model.hidden_size
 
 
 def need_of(
@@ -83,12 +69,14 @@ def need_of(
     item_bytes: int,
     block: int,
     parts: int,
+    held: int | None = None,
     packed: int | None = None,
 ) -> Need:
     """What serving `model` with `config` takes of a card.
 
-    `item_bytes` is of a weight, each of which is held once and dense, unless they are `packed` into so many bytes;
-    `block` as in `Need`; `parts` is how many partial results of attention there is room for.
+    `item_bytes` is of a weight, each of which is held once and dense, unless all together are `held` in so many bytes
+    (`footprint.weight_bytes`); `packed`, `block` as in `Need`; `parts` is how many partial results of attention there
+    is room for.
     """
     rows = config.max_step_tokens or CARD_STEP_TOKENS
     batch = config.max_batch or CARD_BATCH
@@ -100,7 +88,7 @@ def need_of(
     window = min(config.max_len or MAX_LEN, model.max_len)
     tables = 4 * batch * -(-min(window, TABLE_TOKENS) // BLOCK_SIZE)
     return Need(
-        weights=parameters * item_bytes if packed is None else packed,
+        weights=parameters * item_bytes if held is None else held,
         parameters=parameters,
         workspace=activations + partials + logits + tables,
         graphs=activations + GRAPHS if config.cuda_graphs else 0,
@@ -109,7 +97,8 @@ def need_of(
         rope=4 * model.head_dim * (1 if model.local_rope is None else 2),
         max_batch=batch,
         kv=config.kv_bytes,
-        keeps_packed=packed is not None,
+        table=2 * model.vocab_size * model.hidden_size,
+        packed=packed,
     )
 
 
@@ -176,13 +165,15 @@ def _too_large(card: Card, need: Need, missing: int) -> str:
 
 
 def _smaller_model(card: Card, need: Need) -> str:
-    """What would fit in place of these weights, if anything would."""
+    """What would fit in place of these weights, if anything would: themselves packed, or another file."""
     room = card.free - margin(card.total) - _rest(need)
-    if need.keeps_packed:
+    if need.packed is not None:
+        if need.packed <= room and need.packed < need.weights:
+            return f"keep them packed with weights = packed, which takes {_gib(need.packed)}"
         for name, bits in PACKED_BITS:
-            size = int(need.parameters * bits / 8)
-            if size <= room and size < need.weights:
-                return f"a {name} file of this model needs about {_gib(size)}"
+            size = int(need.parameters * bits / 8) + need.table
+            if size <= room and size < need.packed:
+                return f"a {name} file of this model, kept packed, needs about {_gib(size)}"
     if need.weights and need.parameters and room > 0:
         fits = room / (need.weights / need.parameters)
         return f"a model of up to {fits / 1e9:.1f} billion weights fits"

@@ -13,6 +13,7 @@ from ragate_engine import budget
 from ragate_engine.config import BLOCK_SIZE, MAX_LEN, EngineConfig, ModelConfig
 from ragate_engine.devices import ALONE, card, pick_device
 from ragate_engine.errors import ConfigError, OutOfMemoryError, PromptTooLongError
+from ragate_engine.footprint import weight_bytes
 from ragate_engine.kernels import choose, reference
 from ragate_engine.kernels.fallback import checked
 from ragate_engine.kv import KVCache, block_bytes
@@ -112,16 +113,7 @@ class Runner:
         self.device_name = here.name
         if own and config.weights in ("packed", "int8"):
             self.keep = config.weights
-        kept = budget.kept_bytes(model, checkpoint.parameters, self.keep, checkpoint.file_bytes)
-        need = budget.need_of(
-            model,
-            checkpoint.parameters,
-            config,
-            self.dtype.itemsize,
-            block_bytes(model, kv_dtype),
-            parts,
-            kept,
-        )
+        need = self._need(checkpoint, kv_dtype, parts)
         # refused before a byte is read; a window longer than the pool is cut to it
         self.max_len = min(need.window, budget.kv_blocks(here, need) * BLOCK_SIZE)
         if own:
@@ -143,6 +135,8 @@ class Runner:
                 del self.decoder  # the layout of packed weights may be another: load them again
                 with ALONE:
                     torch.cuda.empty_cache()
+                need = self._need_without(fell, checkpoint, kv_dtype, parts)
+                self.max_len = min(need.window, budget.kv_blocks(card(), need) * BLOCK_SIZE)
                 self.decoder = self._decoder_on_card(checkpoint, progress)
         with ALONE:
             torch.cuda.empty_cache()  # what was read ahead goes back before free memory is measured
@@ -161,6 +155,44 @@ class Runner:
         )
         with ALONE:
             torch.cuda.synchronize()  # steps run on a stream of their own
+
+    def _need(self, checkpoint: Checkpoint, kv_dtype: torch.dtype, parts: int) -> budget.Need:
+        """What the card must hold, with the weights as `self.keep` has them."""
+        model, forms = checkpoint.config, checkpoint.forms
+        can_pack = (
+            self.keep != "int8" and self.dtype == torch.bfloat16 and hasattr(self.kernels, "pack_quantized")
+        )
+        return budget.need_of(
+            model,
+            checkpoint.parameters,
+            self.config,
+            self.dtype.itemsize,
+            block_bytes(model, kv_dtype),
+            parts,
+            None if self.keep == "dense" else weight_bytes(model, forms, self.keep).held,
+            weight_bytes(model, forms, "packed").held if can_pack else None,
+        )
+
+    def _need_without(
+        self, fell: Mapping[str, str], checkpoint: Checkpoint, kv_dtype: torch.dtype, parts: int
+    ) -> budget.Need:
+        """What the card must hold when the kernels that `fell` are exchanged: weights that they packed become dense.
+
+        Raises OutOfMemoryError where there is no room for that.
+        """
+        wanted = self.keep
+        reason = fell.get("quantized" if wanted == "packed" else wanted)
+        if reason is None:
+            return self._need(checkpoint, kv_dtype, parts)
+        self.keep = "dense"
+        need = self._need(checkpoint, kv_dtype, parts)
+        try:
+            budget.kv_blocks(card(), need)
+        except OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"the kernel for weights = {wanted} does not run on {self.device_name} ({reason}), and unpacked {error}"
+            ) from None
+        return need
 
     def _decoder_on_card(self, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> Decoder:
         try:

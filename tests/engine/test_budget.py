@@ -41,7 +41,8 @@ def needs() -> st.SearchStrategy[Need]:
         rope=st.integers(0, 2048),
         max_batch=st.integers(1, 4096),
         kv=st.none() | size,
-        keeps_packed=st.booleans(),
+        table=st.integers(0, GIB),
+        packed=st.none() | size,
     )
 
 
@@ -123,9 +124,21 @@ def sentence(card: Card, need: Need) -> str:
 
 
 def test_weights_that_do_not_fit_are_refused_with_what_would() -> None:
-    text = sentence(card(11.2, 12, "NVIDIA RTX 3060"), replace(llama(), keeps_packed=True))
+    small = card(11.2, 12, "NVIDIA RTX 3060")
+    text = sentence(small, replace(llama(), packed=llama().weights))
     assert text.startswith("the weights need 15.0 GiB and 11.2 GiB are free on NVIDIA RTX 3060 (")
-    assert text.endswith("are missing): a 4-bit file of this model needs about 4.6 GiB; or use device cpu")
+    # with the embedding, which stays dense
+    ways = "a 4-bit file of this model, kept packed, needs about 5.6 GiB"
+    assert text.endswith(f"are missing): {ways}; or use device cpu")
+    packed = replace(llama(), weights=int(8.4 * GIB), packed=int(8.4 * GIB))
+    assert sentence(small, packed).startswith(
+        "the weights need 8.4 GiB, the work on them 3.6 GiB, and 11.2 GiB are"
+    )
+    assert ways in sentence(small, packed)
+    text = sentence(small, replace(llama(), packed=int(5.7 * GIB)))
+    assert text.endswith(
+        "are missing): keep them packed with weights = packed, which takes 5.7 GiB; or use device cpu"
+    )
     text = sentence(card(11.2, 12), llama())
     assert text.endswith("a model of up to 3.9 billion weights fits; or use device cpu")
     assert kv_blocks(card(11.2, 12), replace(llama(), weights=int(3.9e9 * 2), parameters=int(3.9e9))) >= 2

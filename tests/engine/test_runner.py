@@ -7,15 +7,34 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 from tiny_gguf import write_tiny
 
-from bench.random_model import TINY, random_checkpoint
-from ragate_engine import Completion, ConfigError, Engine, EngineConfig, SamplingParams
+import ragate_engine.runner as runner_module
+from bench.random_model import LLAMA_8B, TINY, random_checkpoint
+from ragate_engine import (
+    Completion,
+    ConfigError,
+    Engine,
+    EngineConfig,
+    OutOfMemoryError,
+    SamplingParams,
+    forms_of,
+)
+from ragate_engine.devices import Card
+from ragate_engine.kernels.fallback import FAMILIES, Checked
+from ragate_engine.layers import Kept
+from ragate_engine.runner import Runner
+from ragate_engine.weights import Checkpoint
+from ragate_engine.weights.stream import Joined
 
 VERDICT = json.dumps(
     {
@@ -173,6 +192,103 @@ def test_the_cards_modules_are_imported_where_there_is_no_card() -> None:
         [sys.executable, "-c", code], env=plain, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr
+
+
+class Loaded:
+    """Stands for weights on a card: how they were kept, and under which longest sequence."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.how = runner.keep, runner.max_len, hasattr(runner.kernels, "pack_quantized")
+
+    def kept(self) -> list[Kept]:
+        return []
+
+
+@pytest.fixture
+def on_card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Opens a model on a made-up card whose kernels of `fell` do not compile; returns how weights were loaded."""
+    triton = pytest.importorskip("ragate_engine.kernels.triton")
+
+    def load(checkpoint: Checkpoint, free: int, fell: dict[str, str], weights: str = "packed") -> list[Any]:
+        loads: list[Any] = []
+
+        def decoder(runner: Runner, *_: object) -> Loaded:
+            loads.append(Loaded(runner))
+            return loads[-1]
+
+        ops = ModuleType("ops")
+        ops.__dict__.update({name: getattr(triton, name) for name in triton.__all__})
+        for family in fell:
+            for name in FAMILIES[family]:
+                ops.__dict__.pop(name, None)
+        monkeypatch.setattr(runner_module, "pick_device", lambda wanted: torch.device("cuda"))
+        monkeypatch.setattr(runner_module, "card", lambda: Card("NVIDIA X", (9, 0), free + (600 << 20), free))
+        monkeypatch.setattr(runner_module, "choose", lambda device, wanted: (triton, triton.NAME))
+        monkeypatch.setattr(runner_module, "checked", lambda *_, **__: Checked(ops, "triton-3 (some)", fell))
+        monkeypatch.setattr(runner_module, "KVCache", lambda model, blocks, *_: loads.append(blocks))
+        monkeypatch.setattr(Runner, "_decoder_on_card", decoder)
+        monkeypatch.setattr(Runner, "_steps", lambda *_: None)
+        monkeypatch.setattr("ragate_engine.kernels.triton.ahead.AheadCompiler", Compiler)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        config = EngineConfig(device="cuda", weights=weights, max_batch=16, max_step_tokens=512)  # type: ignore[arg-type]
+        Runner(checkpoint, config)
+        return [load.how if isinstance(load, Loaded) else load for load in loads]
+
+    return load
+
+
+class Compiler:
+    """Compiles nothing."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def wait_for_first(self) -> None:
+        pass
+
+
+def int4_model() -> Checkpoint:
+    """Llama-3-8B as AWQ stores it, of which only the header is there."""
+    forms = forms_of(LLAMA_8B, "int4 g128")
+    tensors = {name: Joined({}, lambda parts: torch.empty(0), form) for name, form in forms.items()}
+    return Checkpoint(Path("made"), LLAMA_8B, None, tensors, "AWQ int4 g128", files=())
+
+
+def test_packed_weights_whose_kernel_does_not_compile_are_unpacked_where_there_is_room(on_card) -> None:
+    packed, unpacked, blocks = on_card(
+        int4_model(), int(16.6 * 2**30), {"quantized": "CompilationError: no such layout"}
+    )
+    assert packed == ("packed", 8192, True)
+    # there is less room for KV: a window longer than that is cut to it
+    assert unpacked[0] == "dense" and unpacked[1] < 8192 and not unpacked[2]
+    assert blocks * 16 >= unpacked[1]
+
+
+def test_packed_weights_that_would_not_fit_unpacked_are_refused_before_they_are_read_again(on_card) -> None:
+    with pytest.raises(OutOfMemoryError) as refused:
+        on_card(int4_model(), 12 << 30, {"quantized": "CompilationError: no such layout"})
+    assert str(refused.value) == (
+        "the kernel for weights = packed does not run on NVIDIA X (CompilationError: no such layout), and unpacked the "
+        "weights need 15.0 GiB and 12.0 GiB are free on NVIDIA X (3.9 GiB are missing): a model of up to 6.0 billion "
+        "weights fits; or use device cpu"
+    )
+
+
+def test_other_kernels_that_do_not_compile_leave_weights_packed(on_card) -> None:
+    first, second, _ = on_card(
+        int4_model(), 12 << 30, {"attention": "CompilationError: no", "pick": "with it"}
+    )
+    assert first == second == ("packed", 8192, True)
+
+
+def test_int8_weights_have_the_same_way_back(on_card) -> None:
+    first, second, _ = on_card(int4_model(), 20 << 30, {"int8": "CompilationError: no"}, "int8")
+    assert (first[0], second[0]) == ("int8", "dense")
+    with pytest.raises(
+        OutOfMemoryError, match=r"the kernel for weights = int8 does not run .* unpacked the weights"
+    ):
+        on_card(int4_model(), 12 << 30, {"int8": "CompilationError: no"}, "int8")
 
 
 def test_a_request_that_ends_a_step_ahead_leaves_its_neighbours_tokens_alone() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ragate_engine.quant.tensor import QuantTensor
+from ragate_engine.quant.tensor import Form, QuantTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -223,6 +223,18 @@ DENSE: dict[Kind, torch.dtype] = {
     Kind.F16: torch.float16,
     Kind.BF16: torch.bfloat16,
 }
+
+_OFFSET = (Kind.Q4_1, Kind.Q5_1, Kind.Q2_K, Kind.Q4_K, Kind.Q5_K)
+"""Formats whose blocks have offsets beside the scales."""
+
+
+def form_of(kind: Kind) -> Form:
+    """The form of a tensor of `kind`, which must be one of `SUPPORTED`."""
+    if kind in DENSE:
+        return Form(DENSE[kind].itemsize)
+    stored = FORMATS[kind]
+    return Form(stored.block_bytes / stored.block_weights, stored.bits, stored.group, kind in _OFFSET)
+
 
 _UNREAD: dict[Kind, tuple[int, int]] = {
     Kind.Q8_1: (32, 40),

@@ -11,6 +11,22 @@ CHUNK_WEIGHTS = 1 << 26
 
 
 @dataclass(frozen=True)
+class Form:
+    """How a tensor is stored, as far as a header tells."""
+
+    size: float
+    """Bytes a weight in the file, scales included."""
+    bits: int = 0
+    """Of a code; 0 where weights are plain floats."""
+    group: int = 1
+    """Weights that share a scale."""
+    beside: bool = False
+    """Whether a zero or an offset stands beside each scale (it is left out where all zeros are the middle)."""
+    ordered: bool = False
+    """Whether its columns may have an order of their own."""
+
+
+@dataclass(frozen=True)
 class QuantTensor:
     """A weight matrix [out_features, in_features], affine in groups of consecutive weights of a row.
 

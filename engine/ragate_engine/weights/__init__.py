@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from ragate_engine.config import ModelConfig
+    from ragate_engine.quant.tensor import Form
     from ragate_engine.weights.stream import Weight
     from ragate_engine.weights.tokenizer import Tokenizer
 
@@ -43,6 +44,12 @@ class Checkpoint:
     def names(self) -> frozenset[str]:
         """The canonical names of the tensors there are."""
         return frozenset(self.tensors)
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """How each tensor is stored, by canonical name, from the header alone; weights that are made have no form."""
+        found = {name: getattr(loader, "form", None) for name, loader in self.tensors.items()}
+        return {name: form for name, form in found.items() if form is not None}
 
     @property
     def parameters(self) -> int:

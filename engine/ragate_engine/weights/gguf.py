@@ -219,6 +219,7 @@ def stored(file: GGUFFile, info: TensorInfo, part: slice | None = None, order: O
         offset=info.offset + first * row_bytes,
         nbytes=(stop - first) * row_bytes,
         decode=partial(_decoded, info.kind, len(info.shape) == 1, row_bytes, order),
+        form=formats.form_of(info.kind),
     )
 
 

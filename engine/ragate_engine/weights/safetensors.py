@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ragate_engine.config import ModelConfig, RopeConfig
 from ragate_engine.errors import ConfigError, ModelFileError
+from ragate_engine.quant.tensor import Form
 from ragate_engine.weights import names
 from ragate_engine.weights.fields import Fields, read_json
 from ragate_engine.weights.gguf import window_layers
@@ -335,6 +336,7 @@ class _Found:
                 max(0, stop - first) * row_bytes,
                 partial(_decoded, dtype, piece_shape, add_one),
                 mapped=True,
+                form=Form(dtype.itemsize),
             )
             self._add(piece, piece_shape, weight, f"{file}: tensor {stored}")
 
@@ -349,9 +351,16 @@ class _Found:
         shape = scheme.shape(parts.shown, name=origin)
         name = names.from_hf(f"{module}.weight", self.config.sandwich_norm)
         assert name is not None
+        form = Form(
+            sum(part.nbytes for part in parts.stored.values()) / math.prod(shape),
+            scheme.bits,
+            shape[1] if scheme.group == -1 else scheme.group,
+            not parts.stored.keys().isdisjoint(("qzeros", "weight_zero_point")),
+            scheme.ordered and not parts.stored.keys().isdisjoint(("g_idx", "weight_g_idx")),
+        )
         for piece, rows in self._pieces(name).items():
             first, stop, _ = rows.indices(shape[0])
-            weight = Joined(parts.stored, partial(_unpacked, scheme, rows, origin))
+            weight = Joined(parts.stored, partial(_unpacked, scheme, rows, origin), form)
             self._add(piece, (stop - first, shape[1]), weight, origin)
 
     def _add(self, piece: str, shape: tuple[int, ...], weight: Stored | Joined, origin: str) -> None:

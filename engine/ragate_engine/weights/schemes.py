@@ -36,9 +36,20 @@ class Scheme:
     """`shape(parts, name=name)`: [out, in] of a weight; parts other than weight_shape may lie on the meta device."""
     unpack: Callable[..., QuantTensor]
     """`unpack(parts, name=name)`: the weight, on the device of its parts."""
+    bits: int
+    group: int
+    """Weights that share a scale; -1 is a whole row."""
+    ordered: bool = False
+    """Whether g_idx may say that inputs were grouped in another order (act-order)."""
 
 
-INT8 = Scheme("int8 per channel", partial(packed.int8_shape, group=-1), partial(packed.unpack_int8, group=-1))
+INT8 = Scheme(
+    "int8 per channel",
+    partial(packed.int8_shape, group=-1),
+    partial(packed.unpack_int8, group=-1),
+    bits=8,
+    group=-1,
+)
 """Weights in int8 with a `weight_scale` beside them: they say all there is to know, with or without a configuration."""
 
 
@@ -78,6 +89,8 @@ def _awq(fields: Fields) -> Scheme:
         _named("AWQ", bits, group),
         partial(packed.awq_shape, bits=bits, group=group),
         partial(packed.unpack_awq, bits=bits, group=group),
+        bits,
+        group,
     )
 
 
@@ -99,10 +112,14 @@ def _gptq(fields: Fields) -> Scheme:
     if number == 1 and bits == 3 and "gptqmodel" in maker.lower():
         # it subtracts one from whole words, not from each zero point: at 3 bits that is not what others write
         fields.refuse("GPTQModel's 3-bit weights of format gptq are not read: convert them to gptq_v2")
+    act_order = bool(fields.get("desc_act", bool))
     return Scheme(
-        _named("GPTQ", bits, group) + (" act-order" if fields.get("desc_act", bool) else ""),
+        _named("GPTQ", bits, group) + (" act-order" if act_order else ""),
         partial(packed.gptq_shape, bits=bits, group=group),
         partial(packed.unpack_gptq, bits=bits, group=group, version=number),
+        bits,
+        group,
+        act_order,
     )
 
 
@@ -147,9 +164,11 @@ def _compressed(fields: Fields) -> Scheme:
     if form == "pack-quantized":
         _check(fields, "compressed-tensors", bits, packed.COMPRESSED_BITS, group)
         shape = partial(packed.compressed_shape, bits=bits, group=group)
-        return Scheme(name, shape, partial(packed.unpack_compressed, bits=bits, group=group))
+        unpack = partial(packed.unpack_compressed, bits=bits, group=group)
+        return Scheme(name, shape, unpack, bits, group, act_order)
     _check(fields, form, bits, (8,), group)
-    return Scheme(name, partial(packed.int8_shape, group=group), partial(packed.unpack_int8, group=group))
+    shape = partial(packed.int8_shape, group=group)
+    return Scheme(name, shape, partial(packed.unpack_int8, group=group), bits, group, act_order)
 
 
 _METHODS = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed}

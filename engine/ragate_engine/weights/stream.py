@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ragate_engine.errors import ModelFileError
-from ragate_engine.quant.tensor import QuantTensor
+from ragate_engine.quant.tensor import Form, QuantTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -80,6 +80,8 @@ class Stored:
     """Takes the bytes, uint8 [nbytes], on any device; the result is there too and may be a view of them."""
     mapped: bool = False
     """Whether the host maps the file (then what is never touched is never read) rather than copies from it."""
+    form: Form | None = None
+    """What the header tells of its weights."""
 
     def __call__(self) -> Weight:
         """The tensor, on the CPU. Raises ModelFileError where the file cannot be read or has changed."""
@@ -117,6 +119,8 @@ class Joined:
     """Each of them plain: its `decode` gives a tensor."""
     join: Callable[[dict[str, Weight]], Weight]
     """Makes the weight of its parts, on whatever device they are."""
+    form: Form | None = None
+    """What the header tells of its weights."""
 
     def __call__(self) -> Weight:
         """The weight, on the CPU. Raises ModelFileError as `Stored` does, or what `join` finds wrong."""
