@@ -472,7 +472,7 @@ def _measured(base: Baseline, run: Run, metric: str, terms: _Terms) -> MetricVer
     clusters: int | None = len(set(labels))
     few = n > len(set(labels)) and len(set(labels)) < MIN_CLUSTERS
     warnings: tuple[str, ...] = ()
-    if few:
+    if few and fallen:
         warnings = (
             f"the items are of {_count(len(set(labels)), 'cluster')}, too few to tell how clusters differ (it takes "
             f"{MIN_CLUSTERS}): they count as independent",

@@ -61,8 +61,8 @@ def print_gate(console: Console, run: Run, gate: GateResult) -> None:
     _print_notes(console, run)
     for warning in gate.warnings:
         console.print(Text(f"! {plain(warning)}", "yellow"), soft_wrap=True)
-    if gate.verdict != "INVALID":
-        console.print(Text(plain(_power(gate)), "dim"), soft_wrap=True)
+    if power := _power(gate):
+        console.print(Text(plain(power), "dim"), soft_wrap=True)
     if len(gate.reasons) > 1:
         for reason in gate.reasons:
             console.print(Text(f"  - {plain(reason)}"), soft_wrap=True)
@@ -74,16 +74,16 @@ def print_gate(console: Console, run: Run, gate: GateResult) -> None:
 
 
 def _power(gate: GateResult) -> str:
-    """How small a drop this run could see, and what it takes to see one of the limit."""
+    """How small a drop this run could see, and what it takes to see one of the limit; empty where nothing scattered."""
     parts = []
-    for v in gate.metrics:
-        if v.detectable is None or v.items_needed is None or v.limit is None:
+    for v in gate.metrics if gate.verdict != "INVALID" else ():
+        if not v.detectable or v.items_needed is None or v.limit is None:
             continue
         true = "" if v.detectable_true is None else f", {points(v.detectable_true)} true by this judge"
         parts.append(
             f"{v.metric} {points(v.detectable)}{true} ({points(v.limit)} takes {v.items_needed} items)"
         )
-    return f"detectable drop: {'; '.join(parts)}"
+    return f"detectable drop: {'; '.join(parts)}" if parts else ""
 
 
 def print_baseline_diff(console: Console, diff: BaselineDiff) -> None:
