@@ -30,9 +30,9 @@ from ragate_engine.quantize.write import (
     layer_tensors,
     read_layer,
     shard_path,
-    top_tensors,
     write_end,
     write_shard,
+    write_top,
     write_whole,
 )
 from ragate_engine.weights import names
@@ -133,9 +133,7 @@ class _Run:
                 hidden = [run_layer(weights, self.config, i, turns, h) for h in hidden]
             progress(i + 1, count)
         top = shard_path(self.folder, count, self.config)
-        stored = top_tensors(self.source)
-        write_shard(top, stored)
-        shards[top] = sorted(stored)
+        shards[top] = write_top(top, self.source)
         return shards
 
     def _embedded(self) -> list[torch.Tensor]:

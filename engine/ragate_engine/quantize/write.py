@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from ragate_engine.weights import names
 from ragate_engine.weights.fields import read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from ragate_engine.config import ModelConfig, RopeConfig
@@ -51,14 +52,19 @@ _TOKENIZER_FILES = (
     "merges.txt",
 )
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of plain tensors, widest first as safetensors lays them out."""
+_PIECE_WEIGHTS = 1 << 24
+"""Of a table, written at a time."""
+
 _FILE_MODE = 0o644
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace `path` at once: temporary file, fsync, rename. Raises OSError."""
+def write_whole(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Replace `path` at once, with bytes or pieces of them: temporary file, fsync, rename. Raises OSError."""
     temporary = path.with_name(f".{path.name}.partial")
     with open(temporary, "wb") as file:
-        file.write(data)
+        file.writelines([data] if isinstance(data, bytes) else data)
         file.flush()
         os.fsync(file.fileno())
     os.chmod(temporary, _FILE_MODE)
@@ -142,15 +148,54 @@ def read_layer(
     return weights
 
 
-def top_tensors(source: Checkpoint) -> dict[str, torch.Tensor]:
-    """Embedding, final norm and head, which stay as they are: packed ones (of a GGUF file) become float16."""
-    stored: dict[str, torch.Tensor] = {}
-    for name in ("embed", "final_norm", "lm_head"):
-        if name in source.names:
-            weight = source.load(name)
-            plain = weight.dequantize(torch.float16) if isinstance(weight, QuantTensor) else weight
-            stored |= dense_tensor(source.config, name, plain)
-    return stored
+def write_top(path: Path, source: Checkpoint) -> list[str]:
+    """Write embedding, final norm and head, which stay as they are: packed ones (of a GGUF file) become float16.
+
+    One at a time and a few rows of it, since they may be the largest tensors. Returns their names. Raises OSError.
+    """
+    kept = [name for name in ("embed", "final_norm", "lm_head") if name in source.names]
+    # in the order of safetensors' own writer
+    first_rows = sorted((*_first_row(source, name), name) for name in kept)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for place, stored, name in first_rows:
+        dtype, shape = _DTYPES[place], names.expected(source.config)[name]
+        size = math.prod(shape) * dtype.itemsize
+        label = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+        header[stored] = {"dtype": label, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def pieces() -> Iterator[bytes]:
+        yield len(text).to_bytes(8, "little") + text
+        for _, _, name in first_rows:
+            yield from _pieces(source, name)
+
+    write_whole(path, pieces())
+    return sorted(stored for _, stored, _ in first_rows)
+
+
+def _first_row(source: Checkpoint, name: str) -> tuple[int, str]:
+    """The place in `_DTYPES` of the dtype that a tensor is stored in, and its name in the file."""
+    ((stored, row),) = _rows(source, name, source.load(name), slice(0, 1)).items()
+    return _DTYPES.index(row.dtype), stored
+
+
+def _pieces(source: Checkpoint, name: str) -> Iterator[bytes]:
+    weight = source.load(name)
+    step = max(1, _PIECE_WEIGHTS // math.prod(weight.shape[1:]))
+    for first in range(0, weight.shape[0], step):
+        (rows,) = _rows(source, name, weight, slice(first, first + step)).values()
+        yield rows.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _rows(
+    source: Checkpoint, name: str, weight: torch.Tensor | QuantTensor, rows: slice
+) -> dict[str, torch.Tensor]:
+    """Rows of `weight` as they are stored, by its name in the file."""
+    plain = weight.rows(rows).dequantize(torch.float16) if isinstance(weight, QuantTensor) else weight[rows]
+    return dense_tensor(source.config, name, plain.cpu())
 
 
 def _stored_linears(config: ModelConfig) -> dict[str, tuple[str, ...]]:
