@@ -115,21 +115,24 @@ class Decoder:
         self.kernels = kernels
         ropes = {config.rope_of(i) for i in range(config.num_layers)}
         tables = {rope: rope_tables(rope, config.head_dim, max_len, device) for rope in ropes}
+        # the largest tensors first, while nothing else is there: packing takes some bytes a weight for a moment
+        table = load("embed")
+        self.embedding = Embedding(table, config.embed_scale, kernels, dtype, device)
+        # a dense table is the head too where they are tied; a packed one (on a CPU) is unpacked for it
+        if not (config.tie_embeddings and keep == "packed" and isinstance(table, QuantTensor)):
+            table = self.embedding.weight  # what was read may go
+        head_keep: Keep = "packed" if keep == "packed" else "dense"
+        head = table if config.tie_embeddings else load("lm_head")
+        self.head = Linear([head], [], kernels, dtype, device, head_keep)
+        del table, head
+        self.final_norm = dense(load("final_norm"), dtype, device).contiguous()
+        progress(1, config.num_layers + 1)
         self.layers: list[Layer] = []
         for i in range(config.num_layers):
             self.layers.append(
                 Layer(i, config, load, tables[config.rope_of(i)], kernels, dtype, device, keep)
             )
-            progress(i + 1, config.num_layers + 1)
-        table = load("embed")
-        self.embedding = Embedding(table, config.embed_scale, kernels, dtype, device)
-        self.final_norm = dense(load("final_norm"), dtype, device).contiguous()
-        # a dense table is the head too where they are tied; a packed one (on a CPU) is unpacked for it
-        head_keep: Keep = "packed" if keep == "packed" else "dense"
-        tied = table if keep == "packed" and isinstance(table, QuantTensor) else self.embedding.weight
-        head = tied if config.tie_embeddings else load("lm_head")
-        self.head = Linear([head], [], kernels, dtype, device, head_keep)
-        progress(config.num_layers + 1, config.num_layers + 1)
+            progress(i + 2, config.num_layers + 1)
 
     def kept(self) -> list[Kept]:
         """The weights that were not unpacked."""

@@ -278,6 +278,25 @@ def test_weights_are_made_one_product_at_a_time(keep: Keep, kind: Kind) -> None:
     assert most[1] < 9 * pair
 
 
+def test_a_large_head_is_packed_while_there_is_room() -> None:
+    config = replace(MODEL, vocab_size=8192, num_layers=16)
+    shapes = names.expected(config)
+    stored = {shape: made(Kind(6, 16), shape, 0)() for shape in set(shapes.values())}
+    with torch.inference_mode(), Allocations() as allocations:
+
+        def load(name: str) -> QuantTensor | torch.Tensor:
+            weight = stored[shapes[name]]
+            if isinstance(weight, torch.Tensor) or name == "embed":
+                return torch.zeros(shapes[name], dtype=torch.bfloat16)
+            return replace(weight, codes=weight.codes.clone(), scales=weight.scales.clone())
+
+        decoder = Decoder(config, load, triton_kernels(), torch.bfloat16, CPU, 16, keep="packed")
+        extra = allocations.most - allocations.alive
+    assert decoder.head.kept is not None
+    # packing takes some 7 bytes for each weight of the head, which are as many as in four pairs
+    assert extra < 9 * 2 * config.intermediate_size * config.hidden_size
+
+
 def test_a_product_of_several_weights_holds_no_copy_of_them() -> None:
     weights = [random_weight(Kind(4, 128), 256, 512, seed) for seed in range(3)]
     with torch.inference_mode(), Allocations() as allocations:

@@ -67,7 +67,7 @@ class Checkpoint:
 
     @contextmanager
     def stream(self, device: torch.device) -> Iterator[Callable[[str], Weight]]:
-        """What loads tensors by name: to a card, reading ahead layer by layer; to a CPU, as `load` does.
+        """What loads tensors by name: to a card, reading ahead, layers last; to a CPU, as `load` does.
 
         Use it as `with checkpoint.stream(device) as load`. Raises ModelFileError from `load`.
         """
@@ -76,7 +76,7 @@ class Checkpoint:
             return
         from ragate_engine.weights.stream import Uploader
 
-        order = sorted(self.tensors, key=lambda name: not name.startswith("layers."))  # as a decoder is built
+        order = sorted(self.tensors, key=lambda name: name.startswith("layers."))  # as a decoder is built
         with Uploader(self.tensors, order, device) as uploader:
             yield uploader.load
 
