@@ -473,7 +473,8 @@ def test_a_file_is_not_written_over_its_own_source(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "mix"), [("smollm2-135m", "Q4_K_M"), ("qwen-0.5b", "Q5_K_M"), ("qwen-0.5b", "Q2_K")]
+    ("name", "mix"),
+    [("smollm2-135m", "Q4_K_M"), ("qwen-0.5b", "Q5_K_M"), ("qwen-0.5b", "Q2_K"), ("qwen-0.5b", "Q6_K")],
 )
 def test_llama_cpp_gives_the_text_of_a_real_model_the_same_probability(
     name: str, mix: str, tmp_path: Path
