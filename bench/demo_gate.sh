@@ -14,7 +14,7 @@ evaluate() { # folder, options, judge
     --limit "$items" --out "$dir/$1" --baseline "$dir/none.json" -q >"$dir/$1.txt" 2>&1
 }
 check() { # name, wanted exit code
-  ragate check --baseline "$dir/good" --current "$dir/$1"
+  ragate check "$dir/good" "$dir/$1"
   code=$?
   echo "check $1: exit $code (wanted $2)"
   [ "$code" = "$2" ] || failed=1

@@ -39,8 +39,18 @@ judge = "auto"
 # embeddings = "all-minilm-l6-v2"
 
 # A metric that falls by this much fails the gate: 5 % of the baseline's mean, or points when absolute.
+# A drop that chance may have made is INCONCLUSIVE; strategy = "point" looks at the mean drop alone.
 threshold = 0.05
 threshold_mode = "relative"
+# strategy = "significant"
+# What INCONCLUSIVE does: "fail", "warn", or "auto": fail where a mean fell by its limit.
+# on_inconclusive = "auto"
+# When cases marked "reserve": true are judged: "auto" is where the others cannot tell, and for a baseline.
+# reserve = "auto"
+# The baseline of the last release: every run is held against it too, so that small losses do not add up.
+# release = "baselines/RELEASE.json"
+# The judge's balanced accuracy on labelled data, where you know it: how large a true drop can be seen.
+# judge_accuracy = 0.8
 
 # The scores to compare with, made by `ragate baseline set`.
 # baseline = "baselines/SUITE.json"
@@ -61,6 +71,10 @@ threshold_mode = "relative"
 # What the target is called with: keyword arguments of a class, headers of a URL, input_key of a Runnable.
 # [target_options]
 # k = 5
+
+# What one metric is held to: a threshold and threshold_mode of its own, and min, a floor for its mean.
+# [gate.faithfulness]
+# min = 0.8
 """
 
 WORKFLOW = """\
