@@ -116,6 +116,10 @@ def test_the_form_of_a_gguf_files_weights_is_known_before_they_are_read(tmp_path
     assert file_bytes(checkpoint.config, checkpoint.forms) == sum(int(tensor.n_bytes) for tensor in tensors)
 
 
+def test_offsets_stand_beside_the_scales_of_the_formats_that_have_minima() -> None:
+    assert {kind.name for kind in FORMATS if form_of(kind).beside} == {"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"}
+
+
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_mix_is_described_as_it_is_written(mix: str) -> None:
     forms = forms_of(LLAMA_8B, mix)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -224,16 +225,17 @@ DENSE: dict[Kind, torch.dtype] = {
     Kind.BF16: torch.bfloat16,
 }
 
-_OFFSET = (Kind.Q4_1, Kind.Q5_1, Kind.Q2_K, Kind.Q4_K, Kind.Q5_K)
-"""Formats whose blocks have offsets beside the scales."""
 
-
+@cache
 def form_of(kind: Kind) -> Form:
     """The form of a tensor of `kind`, which must be one of `SUPPORTED`."""
     if kind in DENSE:
         return Form(DENSE[kind].itemsize)
     stored = FORMATS[kind]
-    return Form(stored.block_bytes / stored.block_weights, stored.bits, stored.group, kind in _OFFSET)
+    _, _, offsets = stored.decode(torch.zeros(1, stored.block_bytes, dtype=torch.uint8))
+    return Form(
+        stored.block_bytes / stored.block_weights, stored.bits, stored.group, beside=offsets is not None
+    )
 
 
 _UNREAD: dict[Kind, tuple[int, int]] = {
