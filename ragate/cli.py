@@ -328,13 +328,18 @@ def baseline_rescore(run: Path | None, quiet: bool, **flags: Any) -> int:
     )
 
     settings = settings_of(flags)
-    place = run if run is not None else baseline_run(settings, suite_of(settings))
+    if run is None:
+        suite = suite_of(settings)
+        place = baseline_run(settings, suite, baseline_of_suite(settings, suite))
+    else:
+        place = run
     stored = load_stored(place)
     path = baseline_of_suite(settings, stored.suite)
     old = load_baseline(path)
     refuse_other_answers(old, stored, place)
     with Progress(console(stderr=True), quiet=quiet) as progress:
-        judged = rescore(settings, stored, old.metrics, progress.say, progress.on_event)
+        folder = baseline_run(settings, stored.suite, path).parent
+        judged = rescore(settings, stored, old.metrics, folder, progress.say, progress.on_event)
     new = keep_rescored(settings, judged, old, path)
     print_baseline_diff(console(), diff_baselines(old, new))
     say_kept(judged, new, path)

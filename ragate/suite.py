@@ -50,9 +50,9 @@ class Outcome:
     written: tuple[Path, ...]
 
 
-def baseline_run(settings: Settings, suite: str) -> Path:
-    """Where the run that the suite's baseline was made of is kept, with its answers: they can be judged again."""
-    return out_folder(settings, suite) / "baseline" / "run.json"
+def baseline_run(settings: Settings, suite: str, path: Path) -> Path:
+    """Where the run that the baseline at `path` was made of is kept, with its answers: they can be judged again."""
+    return out_folder(settings, suite) / "baselines" / path.stem / "run.json"
 
 
 def out_folder(settings: Settings, suite: str) -> Path:
@@ -255,11 +255,16 @@ def _judging(
 
 
 def rescore(
-    settings: Settings, stored: Run, metrics: tuple[str, ...], say: Say, on_event: Callable[[Event], None]
+    settings: Settings,
+    stored: Run,
+    metrics: tuple[str, ...],
+    folder: Path,
+    say: Say,
+    on_event: Callable[[Event], None],
 ) -> Run:
     """`stored` judged anew as `settings` say, with the answers and contexts that it has; its system is not asked.
 
-    The result takes the place of the kept run of the suite's baseline. Raises as `run_suite` does.
+    The journal is in `folder`: a rescoring that was stopped goes on. Raises as `run_suite` does.
     """
     from ragate.journal import DoneEntry, Journal
     from ragate.testset import Item, TestSet
@@ -273,10 +278,9 @@ def rescore(
         hash=stored.testset_hash,
         reserve_hash=stored.reserve_hash,
     )
-    path = baseline_run(settings, stored.suite)
     judge = _named_judge(settings, say)
     with ExitStack() as stack:
-        journal = stack.enter_context(Journal.open(path.parent / "journal.jsonl"))
+        journal = stack.enter_context(Journal.open(folder / "journal.jsonl"))
         judged = _judging(settings, metrics, "stored", judge, journal, say, on_event, stack)
         run, _ = judged(testset)
         journal.append(DoneEntry())
@@ -379,7 +383,7 @@ def keep_baseline(
         with suppress(BaselineError):  # a broken one is there to be replaced
             refuse_fewer_metrics(load_baseline(path), run.metrics, path)
     save_baseline(baseline, path)
-    save_run(run, baseline_run(settings, run.suite))
+    save_run(run, baseline_run(settings, run.suite, path))
     return baseline
 
 
@@ -388,7 +392,7 @@ def keep_rescored(settings: Settings, run: Run, old: Baseline, path: Path) -> Ba
     reason = f"rescored by {run.judge}"
     baseline = baseline_of(run, commit=old.commit, date=datetime.now(UTC), reason=reason)
     save_baseline(baseline, path)
-    save_run(run, baseline_run(settings, run.suite))
+    save_run(run, baseline_run(settings, run.suite, path))
     return baseline
 
 

@@ -200,6 +200,8 @@ def decide(
     if release is None:
         return result
     watched = [metric for metric in release.metrics if metrics is None or metric in metrics]
+    if release.metrics and not watched:  # none of those that were asked for is as old as the release
+        return result
     return _with_drift(result, _compare(release, run, tuple(watched), terms), release)
 
 
@@ -525,7 +527,7 @@ def _decided(v: MetricVerdict, terms: _Terms, *, invalid: bool) -> MetricVerdict
     """`v` with its verdict, what it warns of, and its sentence."""
     if v.drop is None or v.limit is None or v.upper is None or v.p is None:
         return v
-    verdict = _verdict_of(v.drop, v.upper, v.p, v.limit, terms.strategy)
+    verdict = verdict_of_drop(v.drop, v.upper, v.p, v.limit, terms.strategy)
     warnings = list(v.warnings)
     if verdict == "PASS" and v.drop > 0 and v.p < SIGNIFICANT and terms.strategy == "significant":
         warnings.append(
@@ -541,7 +543,7 @@ def _decided(v: MetricVerdict, terms: _Terms, *, invalid: bool) -> MetricVerdict
     return decided.model_copy(update={"sentence": _metric_sentence(decided, terms.strategy, mode)})
 
 
-def _verdict_of(drop: float, upper: float, p: float, limit: float, strategy: Strategy) -> Verdict:
+def verdict_of_drop(drop: float, upper: float, p: float, limit: float, strategy: Strategy) -> Verdict:
     """The rule of GATE.md for one metric, of numbers alone."""
     if strategy == "point":
         return "FAIL" if _reaches(drop, limit) else "PASS"

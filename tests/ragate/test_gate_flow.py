@@ -240,6 +240,19 @@ def test_another_judge_is_invalid_until_the_stored_answers_are_rescored(ragate: 
     assert load_baseline(Path("baselines/cases.json")).items == after.items
 
 
+def test_each_baseline_keeps_a_run_of_its_own(ragate: Ragate, judge: Judge) -> None:
+    ragate(*EVAL, "--update-baseline")
+    judge.fallen = {7}
+    ragate(*EVAL, "--reserve", "always", "--out", "old")
+    ragate("baseline", "set", "old", "--baseline", "baselines/release.json")
+    judge.name, judge.fallen = "second", set()
+    rescore = ("baseline", "rescore", "-q", "--testset", "cases", "--judge", "judge.gguf")
+    assert ragate(*rescore).code == 0
+    assert ragate(*rescore, "--baseline", "baselines/release.json").code == 0
+    kept = {path.parent.name: load_run(path) for path in Path(".ragate/cases/baselines").rglob("run.json")}
+    assert kept.keys() == {"cases", "release"}
+
+
 def test_answers_of_another_run_are_not_taken_for_the_baselines(ragate: Ragate, judge: Judge) -> None:
     ragate(*EVAL, "--update-baseline")
     judge.fallen = {7}

@@ -494,6 +494,7 @@ def test_a_metric_that_is_younger_than_the_release_is_no_obstacle() -> None:
     run = plain_run({"m": [1.0] * 20, "new": [1.0] * 20})
     release = _baseline(plain_run({"m": [1.0] * 20}))
     assert decide(_baseline(run), run, release=release).verdict == "PASS"
+    assert decide(_baseline(run), run, release=release, metrics=["new"]).verdict == "PASS"
     worse = decide(_baseline(run), plain_run({"m": [0.5] * 20, "new": [1.0] * 20}), release=release)
     assert (worse.verdict, worse.sentence.startswith("FAIL: m fell")) == ("FAIL", True)
 
