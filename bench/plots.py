@@ -103,8 +103,13 @@ def roofline(title: str, flops: float, bytes_: float, points: Sequence[Point], r
     return _svg(left + width + 36, top + height + 74, title, body)
 
 
-def lines(title: str, series: dict[str, list[tuple[float, float]]], x_label: str) -> str:
-    """Shares (0 to 1) over time; the series' points are (x, share)."""
+def lines(
+    title: str,
+    series: dict[str, list[tuple[float, float]]],
+    x_label: str,
+    mark: tuple[float, str] | None = None,
+) -> str:
+    """Shares (0 to 1) over time; the series' points are (x, share). `mark` is an x to be marked, and its name."""
     left, top, width, height = 52, 40, 670, 190
     x_high = max((point[0] for rows in series.values() for point in rows), default=1.0)
     y_high = _nice(max((point[1] for rows in series.values() for point in rows), default=1.0))
@@ -115,6 +120,10 @@ def lines(title: str, series: dict[str, list[tuple[float, float]]], x_label: str
         body.append(_text(left - 6, at + 4, f"{y_high * i / 4:.0%}", "note", "end"))
         across = left + width * i / 4
         body.append(_text(across, top + height + 16, f"{x_high * i / 4:.1f}", "note", "middle"))
+    if mark is not None:
+        at = left + width * mark[0] / x_high
+        body.append(_line(at, top, at, top + height, "axis"))
+        body.append(_text(at + 5, top + 12, mark[1], "note"))
     for i, rows in enumerate(series.values()):
         points = [(left + width * a / x_high, top + height * (1 - min(b, y_high) / y_high)) for a, b in rows]
         body.append(_path(points, f"line c{i % COLOURS}"))
