@@ -203,6 +203,11 @@ def test_an_unchanged_system_has_p_1_and_sampled_p_is_never_0() -> None:
     assert sign_flip_p([0.5] * 100) == 1 / 10_001
 
 
+def test_sixteen_values_other_than_0_are_counted_and_seventeen_are_sampled() -> None:
+    assert sign_flip_p([0.5] * 16 + [0.0] * 50) == 1 / 2**16
+    assert sign_flip_p([0.5] * 17) == 1 / 10_001
+
+
 def test_the_same_scores_have_the_same_p_on_every_machine() -> None:
     """A number that anybody can compare with: the signs are PCG64's raw bits, which numpy keeps as they are."""
     values = [math.sin(i) / 4 + 0.04 for i in range(100)]

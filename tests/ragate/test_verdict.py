@@ -325,6 +325,12 @@ def test_a_small_but_real_loss_passes_with_a_warning() -> None:
     assert "WARN: m lost 1.0 pt, less than the limit but not by chance (p < 0.001)" in result.warnings[0]
     assert result.sentence.endswith(result.warnings[0])
     assert _gate([1.0] * 100, [0.98] + [1.0] * 99).warnings == ()
+    # p is 1/32 alone and 1/16 beside another metric: that is no reason to warn
+    base, head = [1.0] * 100, [0.98] * 5 + [1.0] * 95
+    assert _gate(base, [*head]).warnings != ()
+    assert (
+        decide(_baseline(plain_run({"a": base, "b": base})), plain_run({"a": head, "b": base})).warnings == ()
+    )
 
 
 def test_several_metrics_must_be_surer_by_holms_rule() -> None:
