@@ -242,12 +242,22 @@ def test_holms_adjustment_of_a_textbook_example() -> None:
     assert holm([0.4]) == [0.4]
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-def test_holms_adjustment_is_that_of_statsmodels(probabilities: list[float]) -> None:
+def test_holms_adjustment_is_that_of_statsmodels() -> None:
     multitest = pytest.importorskip("statsmodels.stats.multitest")
-    assert holm(probabilities) == pytest.approx(
-        multitest.multipletests(probabilities, method="holm")[1].tolist()
-    )
+    rng = random.Random(2)
+    for count in (1, 2, 3, 4, 8, 8, 8):
+        probabilities = [rng.choice([0.0, 1.0, 0.01, rng.random(), rng.random() / 20]) for _ in range(count)]
+        wanted = multitest.multipletests(probabilities, method="holm")[1]
+        assert holm(probabilities) == pytest.approx(wanted.tolist())
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.integers(0, 2**32))
+def test_holms_adjustment_keeps_the_ranks_and_makes_no_p_smaller(ps: list[float], seed: int) -> None:
+    adjusted = dict(zip(ps, holm(ps), strict=True))
+    assert all(adjusted[p] >= p and adjusted[p] <= 1 for p in ps)
+    assert [adjusted[p] for p in sorted(ps)] == sorted(holm(ps))
+    mixed = random.Random(seed).sample(ps, len(ps))
+    assert holm(mixed) == [adjusted[p] for p in mixed]
 
 
 def test_mcnemars_exact_test_of_a_published_table() -> None:
