@@ -10,6 +10,7 @@ usage: python bench/quantized_products.py [--model 8b] [--out bench/results/quan
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ import torch
 
 from bench import result
 from bench.invariance_cost import graph_of, medians, warm_up, weights_of
+from bench.limits import copy_rate
 from bench.random_model import QUANTIZED, SHAPES, draw_codes
 
 ROWS = (1, 16, 64, 256, 4096)
@@ -43,10 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the result here, as JSON")
     args = parser.parse_args(arguments)
     warm_up()
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy = 2 * len(source) / medians({"copy": graph_of([partial(target.copy_, source)] * 3)}, 3)["copy"]
-    del source, target
+    copy = copy_rate("cuda", 4 << 30) * 1e9
     found: dict[str, Any] = {}
     different = 0
     for part, (out, width, gated) in weights_of(SHAPES[args.model]).items():
@@ -94,8 +93,15 @@ def product_times(
         )
         mine = quantized.product(x, packed, None, False, activation, real)[:rows]
         plain = linear.product(x, dense, None, False, activation, real)[:rows]
+        if packed.segments > 1:  # the plain product of each, added in their order
+            span = packed.low.shape[1] * quantized.walk_of(bits, group).block // packed.segments
+            parts = []
+            for at in range(0, width, span):
+                part = linear.Packed(dense.weight[:, at : at + span].contiguous())
+                parts.append(linear.product(x[:, at : at + span].contiguous(), part, None, True, None, real))
+            plain = functools.reduce(torch.add, parts).to(x.dtype)[:rows]
         different += not torch.equal(mine, plain)
-        sizes[name] = sum(t.nbytes for t in (packed.low, packed.high, packed.scales) if t is not None)
+        sizes[name] = packed.nbytes
         copies = [packed, *(clone(packed) for _ in range(rotations(sizes[name]) - 1))]
         works[name] = [partial(quantized.product, x, one, None, False, activation, real) for one in copies]
         if "bf16" not in works:

@@ -58,7 +58,7 @@ def try_kept(ops: ModuleType, kept: Sequence[Kept], device: torch.device) -> Non
         if kind in seen or not hasattr(ops, weights.operation):
             continue
         seen.add(kind)
-        for rows in (1, 60, 200, 1000):
+        for rows in (1, 16, 60, 200, 1000, 2048):
             x = torch.ones(rows, weights.width, dtype=torch.bfloat16, device=device)
             count = torch.full((1,), rows, dtype=torch.int32, device=device)
             getattr(ops, weights.operation)(x, weights.weights, None, weights.activation, count)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,16 @@ from on_card import BF16, CARD, NEEDS_CARD, compile_together, error, on_device
 pytest.importorskip("triton")
 from ragate_engine.kernels.triton.linear import Packed, pack_gated
 from ragate_engine.kernels.triton.linear import product as plain
-from ragate_engine.kernels.triton.quantized import Tile, best_tile, dequantize, pack_quantized, product
+from ragate_engine.kernels.triton.quantized import (
+    PackedQuant,
+    Tile,
+    best_tile,
+    dequantize,
+    pack_quantized,
+    product,
+    unpacked,
+    walk_of,
+)
 
 _spec = importlib.util.spec_from_file_location(
     "quantized_cases", Path(__file__).parent.parent / "engine" / "quantized_cases.py"
@@ -28,47 +38,69 @@ sys.modules["quantized_cases"] = cases
 _spec.loader.exec_module(cases)
 
 pytestmark = NEEDS_CARD
-ROWS = (1, 2, 15, 16, 17, 64, 65, 200, 256, 257, 1000)
-WIDTHS = (576, 1536)
+ROWS = (1, 2, 8, 9, 16, 17, 33, 64, 65, 200, 256, 257, 1000, 2500)
+SHAPES = ((704, 1536), (576, 4608), (17408, 512))
+"""[N, K]: one chain; segments; wide."""
 FORCED = [
-    Tile(16, 32, 2, 6),
-    Tile(16, 64, 1, 4),
-    Tile(16, 64, 4, 4),
-    Tile(16, 128, 4, 4),
-    Tile(64, 64, 4, 3),
-    Tile(128, 128, 8, 3),
+    Tile(16, 32, 128, 1, 4, few=True),
+    Tile(16, 32, 256, 2, 2, few=True),
+    Tile(16, 64, 128, 4, 3),
+    Tile(64, 64, 64, 4, 4),
+    Tile(128, 128, 128, 8, 3),
+    Tile(256, 128, 64, 8, 3),
 ]
 
 
-def tiles() -> list[Tile]:
+def tiles(segments: int) -> list[Tile]:
     """Those that `best_tile` gives, and more."""
-    given = [
-        best_tile(rows, out, is_gated)
-        for rows in (*ROWS, 8192)
-        for out in (576, 28672)
-        for is_gated in (False, True)
-    ]
-    return list(dict.fromkeys([*given, *FORCED]))
+    given = [best_tile(rows, out, segments) for rows in ROWS for out in (576, 28672)]
+    more = [tile for tile in FORCED if segments == 1 or not tile.few]
+    return list(dict.fromkeys([*given, *more]))
 
 
+def in_segments(x: torch.Tensor, packed: PackedQuant, bias: torch.Tensor | None, wide: bool) -> torch.Tensor:
+    """The plain product with the unpacked weights, a segment after the other."""
+    weights = dequantize(packed)
+    span = packed.low.shape[1] * walk_of(packed.bits, packed.group).block // packed.segments
+    total = torch.zeros(len(x), packed.rows, device=CARD)
+    for begin in range(0, packed.columns, span):
+        part = slice(begin, begin + span)
+        total += plain(x[:, part].contiguous(), Packed(weights[:, part].contiguous()), None, True, None, None)
+    total = total if bias is None else total + bias.float()
+    return total if wide else total.to(BF16)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", cases.KINDS, ids=str)
-def test_a_quantized_product_has_the_bits_of_the_plain_one(kind) -> None:
-    width = 1536 if kind.group in (0, 128) else 1152
-    weight = cases.random_weight(kind, 704, width).to(CARD)
+def test_a_quantized_product_has_the_bits_of_the_plain_one(kind, shape: tuple[int, int]) -> None:
+    out, width = shape
+    weight = cases.random_weight(kind, out, width).to(CARD)
     packed = pack_quantized([weight])[0]
-    dense = Packed(dequantize(packed))
-    bias = torch.randn(704, device=CARD).to(BF16)
+    assert packed.segments == (4 if width > 4096 else 1)
+    bias = torch.randn(out, device=CARD).to(BF16)
     x = torch.randn(max(ROWS), width, device=CARD).to(BF16)
     ordered = x if weight.order is None else x[:, weight.order].contiguous()
     for wide in (False, True):
-        expected = plain(ordered, dense, bias, wide, None, None)
+        expected = in_segments(ordered, packed, bias, wide)
         assert error(expected, x.double() @ weight.dequantize().double().T + bias.double()) < 1e-2
         compile_together(partial(product, x[:n].clone(), packed, bias, wide, None, None) for n in ROWS)
         for rows in ROWS:
             found = product(x[:rows].clone(), packed, bias, wide, None, None)
             assert torch.equal(found, expected[:rows]), (rows, wide)
-        for tile in tiles():
-            assert torch.equal(product(x, packed, bias, wide, None, None, tile=tile), expected), (tile, wide)
+        for tile in tiles(packed.segments):
+            found = product(x[:1000], packed, bias, wide, None, None, tile=tile)
+            assert torch.equal(found, expected[:1000]), (tile, wide)
+    assert packed.done is None or not packed.done.any()
+
+
+@pytest.mark.parametrize("kind", cases.KINDS, ids=str)
+def test_unpacked_weights_are_what_the_reference_says(kind) -> None:
+    pair = [cases.random_weight(kind, 576, 1536, seed).to(CARD) for seed in (1, 2)]
+    pair[1] = replace(pair[1], order=pair[0].order)
+    single = [pack_quantized([weight])[0] for weight in pair]
+    assert torch.equal(unpacked(single[0]), dequantize(single[0]))
+    turns = torch.stack([dequantize(packed) for packed in single], dim=1).flatten(0, 1)
+    assert torch.equal(unpacked(pack_quantized(pair, gated=True)[0]), turns)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -79,23 +111,29 @@ def test_a_quantized_gated_pair_has_the_bits_of_the_plain_one(kind, activation: 
     pair = [cases.random_weight(kind, 1536, 1024, seed).to(CARD) for seed in (1, 2)]
     packed = pack_quantized(pair, gated=True)[0]
     dense = pack_gated(*(dequantize(pack_quantized([weight])[0]) for weight in pair))
-    x = torch.randn(300, 1024, device=CARD).to(BF16)
+    x = torch.randn(2100, 1024, device=CARD).to(BF16)
     expected = plain(x, dense, None, False, activation, None)
-    for tile in tiles():
-        assert torch.equal(product(x, packed, None, False, activation, None, tile=tile), expected), tile
+    for rows in ROWS:
+        found = product(x[:rows].clone(), packed, None, False, activation, None)
+        assert torch.equal(found, expected[:rows]), rows
+    for tile in tiles(1):
+        found = product(x[:300], packed, None, False, activation, None, tile=tile)
+        assert torch.equal(found, expected[:300]), tile
 
 
-def test_rows_past_the_count_and_columns_of_others_stay_as_they_are() -> None:
-    weight = cases.random_weight(cases.Kind(4, 128, "zero"), 512, 1024).to(CARD)
+@pytest.mark.parametrize("width", [1024, 4096])
+def test_rows_past_the_count_and_columns_of_others_stay_as_they_are(width: int) -> None:
+    weight = cases.random_weight(cases.Kind(4, 128, "zero"), 512, width).to(CARD)
     packed = pack_quantized([weight])[0]
-    x = torch.randn(256, 1024, device=CARD).to(BF16)
-    expected = product(x, packed, None, False, None, None)
-    for count in (0, 1, 100, 256):
-        x[count:] = float("nan")
-        y = torch.full((256, 768), 7.0, device=CARD, dtype=BF16)
-        product(x, packed, None, False, None, on_device(count), y[:, 128:640])
-        assert torch.equal(y[:count, 128:640], expected[:count]), count
-        assert (y[:, :128] == 7).all() and (y[:, 640:] == 7).all(), count
-        x = torch.nan_to_num(x)
-        x[count:] = torch.randn(256 - count, 1024, device=CARD).to(BF16)
+    for buckets, counts in ((16, (0, 1, 16)), (256, (0, 1, 100, 256)), (2048, (0, 1, 2000))):
+        x = torch.randn(buckets, width, device=CARD).to(BF16)
         expected = product(x, packed, None, False, None, None)
+        for count in counts:
+            x[count:] = float("nan")
+            y = torch.full((buckets, 768), 7.0, device=CARD, dtype=BF16)
+            product(x, packed, None, False, None, on_device(count), y[:, 128:640])
+            assert torch.equal(y[:count, 128:640], expected[:count]), count
+            assert (y[:, :128] == 7).all() and (y[:, 640:] == 7).all(), count
+            x = torch.nan_to_num(x)
+            x[count:] = torch.randn(buckets - count, width, device=CARD).to(BF16)
+            expected = product(x, packed, None, False, None, None)

@@ -1,16 +1,22 @@
 """y = x W^T for a quantized W, whose codes become bfloat16 in the registers that feed the tensor cores.
 
 Shapes: x [M, K], W [N, K], y [M, N]. Moves at least the codes, N K bits / 8 bytes; does 2 M N K operations.
-Plan: the product is computed transposed, W x^T, since the left operand of a warp group's product may come from
-registers. Codes lie in 16-bit words so that two neighbouring ones are unpacked at once: shift, mask, and an exponent
-laid over them (0x4300 | q is 128 + q in bfloat16), then (q - zero) * scale or q * scale + offset, rounded once. A row's
-bits are those of the plain product with these bfloat16 weights: one chain of 16-wide products along K, for every tile
-and row count.
+Plan: the product is computed transposed, W x^T, since the left operand of a warp's product may come from registers.
+Words lie in memory as the tensor cores want their codes: 16 bytes of one thread are its share of 16 rows and some
+columns, so that no code changes its thread. Two codes are unpacked at once: shift, mask, and an exponent laid over them
+(0x4300 | q is 128 + q in bfloat16), then (q - zero) * scale or q * scale + offset, rounded once.
+Bits: one chain of 16-wide products along K, as in the plain product, whose bits these are. A weight that is long and
+narrow has too few rows to keep the card busy: its K is cut into SEGMENTS, of one chain each, that are added in their
+order. What cuts it is its shape, never the number of rows of x:
+- up to 16 rows (`_few`): bound by unpacking. Every 16 rows of W have a warp of their own, or one for each segment;
+- up to 2,047 (`_many`): programs of a tile and a segment, whose weights go from registers to the tensor cores;
+- more: the weights are unpacked first (`unpacked`), for so many rows the cheapest, and the plain product's kernel, or
+  `_summed` where there are segments, does the rest.
 
-Words: of LOW = 4 or 2 bits of each code, P = 16 / LOW codes a word: bits i LOW of word (c, j) are the low bits of
-column P W c + W i + j, where W columns side by side share a group. What is above the low bits (HIGH = 0, 1, 2 or 4
-bits) lies in words of its own, of Q = LOW / HIGH chunks each, a chunk being P W columns. Where a chunk has several
-groups, the scales of a block of chunks come in one tile and are told apart in registers.
+Words: of LOW = 4 or 2 bits of each code, P = 16 / LOW planes of 16 columns are a block. Word (g, t, c, h, e) of a block
+is of row 8 h + g and has bits i LOW of column 16 i + 8 c + 2 t + e. What is above the low bits (HIGH = 0, 1, 2 or 4
+bits) lies in words of its own, of LOW / HIGH blocks each. Scales of rows g and 8 + g share an int32, and so does what
+stands beside them.
 """
 
 from __future__ import annotations
@@ -24,74 +30,99 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ragate_engine.kernels.triton import device
-from ragate_engine.kernels.triton.linear import _act_mul
+from ragate_engine.kernels.triton.linear import Packed, _act_mul
+from ragate_engine.kernels.triton.linear import product as plain_product
 from ragate_engine.quant.tensor import QuantTensor
 
 PLANES = {2: (2, 0), 3: (2, 1), 4: (4, 0), 5: (4, 1), 6: (4, 2), 8: (4, 4)}
 """LOW and HIGH of codes by their bits."""
-WIDEST = 32
-"""W at most."""
 CONSTANT, ZERO, OFFSET = 0, 1, 2
 """What stands beside a scale: nothing (zero is half the range), the zero, the offset."""
 
 
 @dataclass(frozen=True)
 class PackedQuant:
-    """A quantized weight [N, K] as the kernel reads it."""
+    """A quantized weight [N, K] as the kernels read it."""
 
     low: torch.Tensor
-    """int16 [N, K' LOW / 16]; K' is K rounded up to whole words."""
+    """int16 [N / 16, blocks, 256]."""
     high: torch.Tensor | None
-    """int16 [N, K' HIGH / 16]."""
+    """int16 [N / 16, blocks LOW / HIGH, 256]."""
     scales: torch.Tensor
-    """bfloat16 [groups, N], or [N, groups] where a chunk has several; with a zero or offset int32, the scale's bits in
-    the lower half."""
+    """[N / 16, sets, 8, words]: bfloat16 of row g and of row 8 + g are 4 bytes; a word is such a pair of scales and the
+    pair beside it, or two pairs of scales, int64, or the only pair of scales, int32. A set is of one group, or of the
+    groups of a block where it has several."""
     bits: int
     group: int
     kind: int
     columns: int
     """K."""
+    segments: int = 1
+    """S: segment s begins at column s K' / S, K' being the columns of all blocks."""
+    done: torch.Tensor | None = None
+    """int32, zeros: how many segments of each tile are done, while a product runs."""
     order: torch.Tensor | None = None
     """int64 [K]: column j meets input order[j]."""
     gated: bool = False
     """Rows are 8 of gate, 8 of up, and so on."""
 
+    @property
+    def rows(self) -> int:
+        """N."""
+        return 16 * self.low.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return sum(part.nbytes for part in (self.low, self.high, self.scales) if part is not None)
+
 
 def packable(weight: QuantTensor) -> bool:
-    """Whether the kernel takes `weight`; what it does not take is served dense."""
+    """Whether the kernels take `weight`; what they do not take is served dense."""
     out, width = weight.shape
     power_of_two = weight.group & (weight.group - 1) == 0
     cut = weight.group >= 16 and (power_of_two or weight.group == width)
     return weight.bits in PLANES and out % 16 == 0 and width % 16 == 0 and cut
 
 
-class Blocks(NamedTuple):
+SEGMENTS = 4
+"""Of a long and narrow weight."""
+STEP = 128
+"""K is padded to whole steps of so many columns in each segment, or of as many as share words of high bits."""
+UNPACK_ROWS = 2048
+"""From so many rows on the weights are unpacked first."""
+
+
+class Walk(NamedTuple):
     """How K is walked."""
 
-    width: int
-    """W, columns of a plane."""
-    planes: int
-    """P, planes of a chunk."""
+    block: int
+    """B = 16 P, columns of a block."""
     share: int
-    """Q, chunks that share words of high bits."""
+    """Blocks that share words of high bits."""
     groups: int
-    """Groups of a chunk."""
-    chunks: int
-    """Chunks of a block, whose scales come together where they have several groups."""
+    """Groups of a block, 1 where a group is no smaller."""
+
+    @property
+    def step(self) -> int:
+        """Columns of a step."""
+        return max(STEP, self.block * self.share)
 
 
-def blocks_of(bits: int, group: int, kind: int) -> Blocks:
+def walk_of(bits: int, group: int) -> Walk:
     """The walk for codes of one kind."""
     low, high = PLANES[bits]
-    width, planes, share = min(WIDEST, group & -group), 16 // low, low // high if high else 1
-    groups = max(1, planes * width // group)
-    # the memory accelerator moves no less than 16 bytes
-    together = 16 // (groups * (2 if kind == CONSTANT else 4)) if groups > 2 else 1
-    return Blocks(width, planes, share, groups, max(share, together))
+    block = 256 // low
+    return Walk(block, low // high if high else 1, max(1, block // group))
+
+
+def segments_of(out: int, width: int) -> int:
+    """Into how many segments the K = `width` of a weight with `out` rows is cut."""
+    return SEGMENTS if width >= 4096 and width >= 2 * out else 1
 
 
 def pack_quantized(weights: list[QuantTensor], gated: bool = False) -> tuple[PackedQuant, ...] | None:
-    """Prepare weights [out_i, in] for one product, or a gate and an up; `None` where the kernel does not take them.
+    """Prepare weights [out_i, in] for one product, or a gate and an up; `None` where the kernels do not take them.
 
     Neighbours of one kind share a part; the parts' columns follow each other in the result.
     """
@@ -122,6 +153,7 @@ def _pack(weights: list[QuantTensor], gated: bool) -> PackedQuant:
     first = weights[0]
     bits, group = first.bits, first.group
     low, high = PLANES[bits]
+    walk = walk_of(bits, group)
     signed = 1 << (bits - 1) if first.offsets is None else 0
 
     def stacked(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -136,68 +168,81 @@ def _pack(weights: list[QuantTensor], gated: bool) -> PackedQuant:
         zeros = torch.round(-beside / torch.where(scales == 0, 1, scales))
         if torch.equal(-zeros * scales, beside) and bool(((zeros >= 0) & (zeros < 1 << bits)).all()):
             kind, beside = ZERO, zeros + (128 if bits < 8 else 0)
-    walk = blocks_of(bits, group, kind)
     codes = stacked([w.codes for w in weights]).to(torch.int16) + signed
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (walk.planes * walk.width * walk.chunks)))
-    words = codes.unflatten(1, (-1, walk.planes, walk.width))
+    segments = 1 if gated else segments_of(*codes.shape)
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (segments * walk.step)))
+    # [N / 16, h, g, blocks, planes, c, t, e]
+    fields = codes.unflatten(1, (-1, walk.block // 16, 2, 4, 2)).unflatten(0, (-1, 2, 8))
     mask = (1 << low) - 1
-    lows = _word([(words[:, :, i] & mask) << i * low for i in range(walk.planes)])
+    lows = _words([(fields[:, :, :, :, i] & mask) << i * low for i in range(walk.block // 16)])
     highs = None
     if high:
-        above = (words >> low).unflatten(1, (-1, walk.share)).flatten(2, 3)
-        highs = _word([above[:, :, i] << i * high for i in range(walk.share * walk.planes)])
-    groups = -(-codes.shape[1] // group)
-    packed = _halves_of(scales, groups)
-    if beside is not None:
-        packed = packed.to(torch.int32) & 0xFFFF | _halves_of(beside, groups).to(torch.int32) << 16
-    if walk.groups <= 2:
-        packed = packed.T
-    packed = packed.contiguous()
-    if kind == CONSTANT:
-        packed = packed.view(torch.bfloat16)
-    return PackedQuant(lows, highs, packed, bits, group, kind, first.shape[1], first.order, gated)
+        share = low // high
+        above = (fields >> low).unflatten(3, (-1, share)).flatten(4, 5)
+        highs = _words([above[:, :, :, :, i] << i * high for i in range(16 // high)])
+    sets = -(-codes.shape[1] // max(group, walk.block))
+    parts = [_pairs(part, sets, walk.groups) for part in (scales, beside) if part is not None]
+    pairs = torch.stack(parts, dim=4).flatten(3).contiguous()
+    done = None
+    if segments > 1:  # tiles of no fewer than 64 rows and columns
+        done = torch.zeros(-(-len(codes) // 64) * (UNPACK_ROWS // 64), dtype=torch.int32, device=codes.device)
+    if pairs.shape[3] > 1:
+        pairs = pairs.view(torch.int64)
+    return PackedQuant(
+        lows, highs, pairs, bits, group, kind, first.shape[1], segments, done, first.order, gated
+    )
 
 
-def _word(fields: list[torch.Tensor]) -> torch.Tensor:
-    """Fields of a word each in its place, int16 [N, words, W] -> [N, words W]."""
+def _words(fields: list[torch.Tensor]) -> torch.Tensor:
+    """Fields of a word each in its place, int16 [N / 16, h, g, blocks, c, t, e] -> [N / 16, blocks, g t c h e]."""
     word = fields[0]
     for field in fields[1:]:
         word = word | field
-    return word.flatten(1).contiguous()
+    return word.permute(0, 3, 2, 5, 4, 1, 6).flatten(2).contiguous()
 
 
-def _halves_of(values: torch.Tensor, groups: int) -> torch.Tensor:
-    """float32 [N, groups of K] -> the bits of bfloat16 as int16 [N, groups], zeros behind."""
-    return torch.nn.functional.pad(values, (0, groups - values.shape[1])).bfloat16().view(torch.int16)
+def _pairs(values: torch.Tensor, sets: int, groups: int) -> torch.Tensor:
+    """float32 [N, groups of K] -> bfloat16 of rows g and 8 + g as int32 [N / 16, sets, 8, groups of a set]."""
+    padded = torch.nn.functional.pad(values, (0, sets * groups - values.shape[1]))
+    halves = (
+        padded.bfloat16()
+        .view(torch.int16)
+        .to(torch.int32)
+        .unflatten(0, (-1, 2, 8))
+        .unflatten(3, (-1, groups))
+    )
+    pairs: torch.Tensor = halves[:, 0] & 0xFFFF | halves[:, 1] << 16
+    return pairs.transpose(1, 2)
 
 
 def dequantize(packed: PackedQuant) -> torch.Tensor:
-    """The reference: the bfloat16 weights [N, K] that the kernel multiplies with, in the packed order of rows."""
+    """The reference: the bfloat16 weights [N, K] that the kernels multiply with, in the packed order of rows."""
     low, high = PLANES[packed.bits]
-    walk = blocks_of(packed.bits, packed.group, packed.kind)
-    words = packed.low.to(torch.int32).unflatten(1, (-1, walk.width))
-    codes = torch.stack([words >> i * low & (1 << low) - 1 for i in range(walk.planes)], dim=2).flatten(1)
-    if packed.high is not None:
-        words = packed.high.to(torch.int32).unflatten(1, (-1, walk.width))
-        fields = [words >> i * high & (1 << high) - 1 for i in range(walk.share * walk.planes)]
-        codes += torch.stack(fields, dim=2).flatten(1) << low
-    codes = codes[:, : packed.columns]
 
-    def spread(halves: torch.Tensor) -> torch.Tensor:
-        values = halves.to(torch.int16).view(torch.bfloat16)
-        if walk.groups <= 2:
-            values = values.T
+    def fields_of(words: torch.Tensor, bits: int) -> torch.Tensor:
+        """[N / 16, blocks, g t c h e] -> [N / 16, h, g, planes, c, t, e]."""
+        each = words.to(torch.int32).unflatten(2, (8, 4, 2, 2, 2)).permute(0, 5, 2, 1, 4, 3, 6)
+        return torch.stack([each >> i * bits & (1 << bits) - 1 for i in range(16 // bits)], dim=4).flatten(
+            3, 4
+        )
+
+    codes = fields_of(packed.low, low)
+    if packed.high is not None:
+        codes = codes + (fields_of(packed.high, high) << low)
+    codes = codes.flatten(3).flatten(0, 2)[:, : packed.columns]
+
+    def spread(pairs: torch.Tensor) -> torch.Tensor:
+        halves = torch.stack([pairs, pairs >> 16], dim=1).to(torch.int16).view(torch.bfloat16)
+        values = halves.transpose(2, 3).flatten(3).flatten(0, 2)
         return values.repeat_interleave(packed.group, dim=1)[:, : packed.columns].double()
 
+    pairs = packed.scales.view(torch.int32)
     if packed.kind == CONSTANT:
-        values = (codes - (1 << packed.bits - 1)) * spread(packed.scales.view(torch.int16))
-    else:
-        scales, beside = spread(packed.scales), spread(packed.scales >> 16)
-        if packed.kind == ZERO:
-            values = (codes - (beside - (128 if packed.bits < 8 else 0))) * scales
-        else:
-            values = codes * scales + beside
-    return values.bfloat16()
+        return ((codes - (1 << packed.bits - 1)) * spread(pairs)).bfloat16()
+    scales, beside = spread(pairs[..., ::2]), spread(pairs[..., 1::2])
+    if packed.kind == ZERO:
+        return ((codes - (beside - (128 if packed.bits < 8 else 0))) * scales).bfloat16()
+    return (codes * scales + beside).bfloat16()
 
 
 def unpack_quantized(parts: tuple[PackedQuant, ...]) -> torch.Tensor:
@@ -212,48 +257,46 @@ def unpack_quantized(parts: tuple[PackedQuant, ...]) -> torch.Tensor:
 
 
 class Tile(NamedTuple):
-    """Rows and columns of a tile, warps, pipeline stages, programs of a multiprocessor."""
+    """How a product is cut: rows and columns of a tile, columns of W a step, warps, pipeline stages, which kernel."""
 
     rows: int
     columns: int
+    inner: int
     warps: int
     stages: int
-    programs: int = 1
+    few: bool = False
 
 
 @triton.constexpr_function
-def _instructions(LOW, HIGH, SHIFT, FIELD, KIND, CONST):
-    """PTX of two neighbouring weights: $0 from words $1 and $2, scales $3 and what is beside them $4, all in pairs."""
+def _instructions(LOW, HIGH, KIND, CONST):
+    """PTX of two neighbouring weights, all operands in pairs: $0 from low words $1 shifted right by $2, high words $3
+    shifted by $4 (HIGH = 4) or turned left by it, scales $5, and $6 beside them."""
     mask = (1 << LOW) - 1
-    code = [f"shr.b32 t, $1, {SHIFT};"]
-    exponent = 0x4300
+    code = ["and.b32 s, $2, 31;", "shr.b32 t, $1, s;"]
+    code += [f"lop3.b32 t, t, {mask << 16 | mask:#x}, 0x43004300, 0xea;"]
     if HIGH in (1, 2):
         above = ((1 << HIGH) - 1) << LOW
-        move = f"shr.b32 u, $2, {FIELD - LOW};" if FIELD >= LOW else f"shl.b32 u, $2, {LOW - FIELD};"
         code += [
-            move,
-            f"and.b32 u, u, {above << 16 | above:#x};",
-            f"lop3.b32 t, t, {mask << 16 | mask:#x}, u, 0xea;",
-            f"or.b32 t, t, {exponent << 16 | exponent:#x};",
+            "and.b32 s, $4, 31;",
+            "shf.l.wrap.b32 u, $3, $3, s;",
+            f"lop3.b32 t, u, {above << 16 | above:#x}, t, 0xea;",
         ]
-    else:
-        code += [f"lop3.b32 t, t, {mask << 16 | mask:#x}, {exponent << 16 | exponent:#x}, 0xea;"]
     if HIGH == 4:
         # 0x4500 | h is 2048 + 16 h; the sum of both halves is exact below 256
         code += [
-            f"shr.b32 u, $2, {FIELD};",
+            "and.b32 s, $4, 31;",
+            "shr.b32 u, $3, s;",
             "lop3.b32 u, u, 0x000f000f, 0x45004500, 0xea;",
             f"mov.b32 c, {_pair(2048 + CONST)};",
             "sub.rn.bf16x2 u, u, c;",
             "add.rn.bf16x2 t, t, u;",
         ]
-        code += ["sub.rn.bf16x2 t, t, $4;"] if KIND == 1 else []
-    elif KIND == 1:
-        code += ["sub.rn.bf16x2 t, t, $4;"]
-    else:
+    if KIND == 1:
+        code += ["sub.rn.bf16x2 t, t, $6;"]
+    elif HIGH != 4:
         code += [f"mov.b32 c, {_pair(CONST)};", "sub.rn.bf16x2 t, t, c;"]
-    code += ["fma.rn.bf16x2 $0, t, $3, $4;" if KIND == 2 else "mul.rn.bf16x2 $0, t, $3;"]
-    return "{\n.reg .b32 t, u, c;\n" + "\n".join(code) + "\n}"
+    code += ["fma.rn.bf16x2 $0, t, $5, $6;" if KIND == 2 else "mul.rn.bf16x2 $0, t, $5;"]
+    return "{\n.reg .b32 t, u, c, s;\n" + "\n".join(code) + "\n}"
 
 
 @triton.constexpr_function
@@ -269,26 +312,75 @@ def _pair(value):
 
 
 @triton.jit
-def _weights(
-    low, high, scale, beside, PLANE: tl.constexpr, FIELD: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    KIND: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """The weights of one plane: words [BN, W], scales and what stands beside them [BN] -> bfloat16 [BN, W].
+def _scales(at, T: tl.constexpr, GROUPS: tl.constexpr, KIND: tl.constexpr):
+    """A set's scales and what stands beside them from `at` [T * 32, 1], bfloat16 [T * 32, GROUPS, 1, 1, 2, 1].
 
-    Interpreted they stay float32: the interpreter neither rounds to bfloat16 nor multiplies it."""
-    scale = tl.broadcast_to(scale[:, None], low.shape)
-    beside = tl.broadcast_to(beside[:, None], low.shape)
+    Each 8 bytes are loaded by themselves and then chosen by their group: which register that is, is known in advance.
+    """
+    group = tl.arange(0, GROUPS).reshape(1, GROUPS, 1, 1, 1, 1)
+    EACH: tl.constexpr = 1 if KIND > 0 or GROUPS == 1 else 2
+    for i in tl.static_range(GROUPS // EACH):
+        words = tl.load(at + i).reshape(T * 32, 1, 1, 1, 1, 1)
+        first = words.to(tl.int32)
+        second = (words >> 32).to(tl.int32) if KIND > 0 or GROUPS > 1 else first
+        if KIND > 0:
+            if i == 0:
+                scale, beside = first, second
+            else:
+                scale, beside = tl.where(group == i, first, scale), tl.where(group == i, second, beside)
+        else:
+            scale = first if i == 0 else tl.where(group == EACH * i, first, scale)
+            if GROUPS > 1:
+                scale = tl.where(group == EACH * i + 1, second, scale)
+            beside = scale
+    return _halves(scale), _halves(beside)
+
+
+@triton.jit
+def _halves(pairs):
+    """bfloat16 of rows g (lower half) and 8 + g along dimension 4."""
+    h = tl.arange(0, 2).reshape(1, 1, 1, 1, 2, 1)
+    return tl.where(h == 0, pairs, pairs >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _weights(
+    low, high, scale, beside, T: tl.constexpr, FIRST: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    GROUPS: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """One block of T tiles of 16 rows: words [T * 32, 8] and what `_scales` gives -> bfloat16 [T, 16, B]. FIRST is the
+    block's first plane in its high words.
+
+    The order of dimensions is what lets the compiler leave every code in its register. Interpreted the weights stay
+    float32: the interpreter neither rounds to bfloat16 nor multiplies it."""
+    P: tl.constexpr = 16 // LOW
+    shape: tl.constexpr = [T * 32, GROUPS, P // GROUPS, 2, 2, 2]
+    plane = tl.arange(0, P).reshape(1, GROUPS, P // GROUPS, 1, 1, 1)
+    right = plane * LOW
+    turn = (FIRST + plane) * HIGH
+    low = tl.broadcast_to(low.reshape(T * 32, 1, 1, 2, 2, 2), shape)
+    high = tl.broadcast_to(high.reshape(T * 32, 1, 1, 2, 2, 2), shape)
+    scale = tl.broadcast_to(scale, shape)
+    beside = tl.broadcast_to(beside, shape)
     if ASM:
         CONST: tl.constexpr = 128 + (2 ** (BITS - 1) if KIND == 0 else 0)
-        words: tl.constexpr = _instructions(LOW, HIGH, PLANE * LOW, FIELD, KIND, CONST)
-        operands = [low, high, scale, beside]
+        words: tl.constexpr = _instructions(LOW, HIGH, KIND, CONST)
+        if HIGH < 4:
+            turn = (LOW - turn) & 31
+        right = tl.broadcast_to(right.to(tl.int16), shape)
+        turn = tl.broadcast_to(turn.to(tl.int16), shape)
         value = tl.inline_asm_elementwise(
-            words, "=r,r,r,r,r", operands, dtype=tl.bfloat16, is_pure=True, pack=2
+            words,
+            "=r,r,r,r,r,r,r",
+            [low, right, high, turn, scale, beside],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
         )
     else:
-        code = (low.to(tl.int32) >> (PLANE * LOW)) & ((1 << LOW) - 1)
+        code = (low.to(tl.int32) >> right) & ((1 << LOW) - 1)
         if HIGH > 0:
-            code += ((high.to(tl.int32) >> FIELD) & ((1 << HIGH) - 1)) << LOW
+            code += ((high.to(tl.int32) >> turn) & ((1 << HIGH) - 1)) << LOW
         value = code.to(tl.float32)
         if KIND == 0:
             value = (value - 2 ** (BITS - 1)) * scale.to(tl.float32)
@@ -296,144 +388,341 @@ def _weights(
             value = (value + (128 if BITS < 8 else 0) - beside.to(tl.float32)) * scale.to(tl.float32)
         else:
             value = value * scale.to(tl.float32) + beside.to(tl.float32)
-    return value
+    # [T, g, t, planes, c, h, e] -> [T, h, g, planes, c, t, e]
+    value = value.reshape(T, 8, 4, P, 2, 2, 2).permute(0, 5, 1, 3, 4, 2, 6)
+    return value.reshape(T, 16, 16 * P)
 
 
 @triton.jit
-def _halves(pair):
-    """The two bfloat16 of an int32."""
-    lower = (pair & 0xFFFF).to(tl.int16, bitcast=False).to(tl.bfloat16, bitcast=True)
-    upper = (pair >> 16).to(tl.int16, bitcast=False).to(tl.bfloat16, bitcast=True)
-    return lower, upper
+def _in_order(parts):
+    """[A, B, 4] -> [A, B], added from the first to the last."""
+    even, odd = tl.split(parts.reshape(parts.shape[0], parts.shape[1], 2, 2))
+    s0, s2 = tl.split(even)
+    s1, s3 = tl.split(odd)
+    return s0 + s1 + s2 + s3
 
 
 @triton.jit
-def _column(tile, INDEX: tl.constexpr, DIGITS: tl.constexpr):
-    """Column INDEX of [BN, 2 ** DIGITS], found digit by digit without leaving the registers."""
-    for digit in tl.static_range(DIGITS):
-        even, odd = tl.split(tile.reshape(tile.shape[0], tile.shape[1] // 2, 2))
-        tile = odd if (INDEX >> digit) & 1 else even
-    return tile.reshape(tile.shape[0])
+def _settled(acc, ASM: tl.constexpr):
+    """`acc` itself, as something that was used: the compiler must wait for the products that make it.
+
+    It would otherwise let them run on into the next step, whose weights are unpacked into the registers they read.
+    """
+    if ASM:
+        acc = tl.inline_asm_elementwise("", "=r,0", [acc], dtype=tl.float32, is_pure=False, pack=1)
+    return acc
+
+
+@triton.jit
+def _store(
+    acc, bias, y, m, n, M, N, stride, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr, GELU: tl.constexpr,
+):  # fmt: skip
+    """The tile of y whose transpose is `acc` [BN, BM], from row m and column n on."""
+    rows = m + tl.arange(0, BM)
+    columns = n + tl.arange(0, BN)
+    at = y + rows[:, None].to(tl.int64) * stride
+    if HAS_BIAS:
+        acc += tl.load(bias + columns, columns < N, 0.0).to(tl.float32)[:, None]
+    if GATED:
+        gate, up = tl.split(acc.reshape(BN // 16, 2, 8, BM).permute(0, 2, 3, 1))
+        acc = _act_mul(gate, up, GELU).reshape(BN // 2, BM)
+        columns = n // 2 + tl.arange(0, BN // 2)
+        N = N // 2
+    tl.store(
+        at + columns[None, :], acc.T.to(y.dtype.element_ty), (rows[:, None] < M) & (columns < N)[None, :]
+    )
 
 
 @triton.jit(do_not_specialize=["M"])
-def _quantized(
-    x, low, high, scales, bias, y, count, M, N, K, stride, BM: tl.constexpr, BN: tl.constexpr, W: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
-    CHUNKS: tl.constexpr, COLUMNS: tl.constexpr,
-    COUNTED: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, WIDE: tl.constexpr,
-    STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+def _few(
+    x, low, high, scales, bias, y, count, M, N, K, SPAN, stride, BM: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
+    BLOCKS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    GROUPS: tl.constexpr, KIND: tl.constexpr, EVEN: tl.constexpr, COUNTED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr, GELU: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    P: tl.constexpr = 16 // LOW
+    """A program has BN rows of W. Where there are segments, each of its warps has one, and they meet in the end."""
+    B: tl.constexpr = 256 // LOW
     Q: tl.constexpr = LOW // HIGH if HIGH > 0 else 1
+    R: tl.constexpr = BN // 16
+    T: tl.constexpr = R * S
+    # words of a row in a set of scales; blocks that share a set
+    WORDS: tl.constexpr = GROUPS if KIND > 0 or GROUPS == 1 else GROUPS // 2
+    ALIKE: tl.constexpr = GROUP // B if GROUP > B else 1
+    m = tl.program_id(1) * BM
+    each = tl.arange(0, T * 32)
+    lane = each % 32
+    segment = each // 32 % S
+    tile = tl.minimum(tl.program_id(0) * R + each // (32 * S), N // 16 - 1)
+    blocks = SPAN // B
+    low_at = low + (tile * S + segment) * (blocks * 256)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        # the weights do not wait for the kernel before: their first 4 KB go to the L2 cache now
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1];\nmov.u32 $0, 0;", "=r,l", [low_at + tl.minimum(lane * 64, blocks * 256 - 64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        tl.extra.cuda.gdc_wait()
+    if COUNTED:
+        M = tl.load(count)
+        if m >= M:
+            return
+    word = tl.arange(0, 8)[None, :]
+    low_at = (low_at + lane * 8)[:, None] + word
+    high_at = high + ((tile * S + segment) * (blocks // Q * 256) + lane * 8)[:, None] + word
+    sets = tl.cdiv(S * SPAN, GROUP) if GROUPS == 1 else S * blocks
+    scale_at = scales + ((tile * (8 * sets) + lane // 4) * WORDS)[:, None]
+    rows = m + tl.arange(0, BM)
+    ks = tl.arange(0, B)
+    if S == 1:
+        at = rows[:, None].to(tl.int64) * K + ks[None, :]
+        inside = (rows < M)[:, None]
+        column = ks[None, :]
+        acc = tl.zeros((BN, BM), tl.float32)
+    else:
+        column = (tl.arange(0, S) * SPAN)[:, None, None] + ks[None, None, :]
+        at = rows[None, :, None].to(tl.int64) * K + column
+        inside = (rows < M)[None, :, None]
+        acc = tl.zeros((S, BN, BM), tl.float32)
+    x_at = x + at
+    for b in tl.range(0, blocks, BLOCKS, num_stages=STAGES):
+        for i in tl.static_range(BLOCKS):
+            words = tl.load(low_at + (b + i) * 256)
+            if HIGH == 0:
+                above = words
+            elif i % Q == 0:
+                above = tl.load(high_at + (b + i) // Q * 256)
+            if i % ALIKE == 0:
+                block = segment * blocks + b + i
+                set_at = block * B // GROUP if GROUPS == 1 else block
+                scale, beside = _scales(scale_at + (set_at * (8 * WORDS))[:, None], T, GROUPS, KIND)
+            w = _weights(
+                words, above, scale, beside, T, i % Q * (16 // LOW), LOW, HIGH, GROUPS, KIND, BITS, ASM
+            )
+            if EVEN:
+                a = tl.load(x_at + (b + i) * B, inside, 0.0)
+            else:
+                a = tl.load(x_at + (b + i) * B, inside & ((b + i) * B + column < K), 0.0)
+            if not ASM:  # the interpreter multiplies no bfloat16
+                a = a.to(tl.float32)
+            if S == 1:
+                acc = tl.dot(w.reshape(BN, B), a.T, acc, input_precision="ieee")
+            else:
+                w = w.reshape(R, S, 16, B).permute(1, 0, 2, 3).reshape(S, BN, B)
+                acc = tl.dot(w, a.permute(0, 2, 1), acc, input_precision="ieee")
+    if S > 1:
+        acc = _in_order(acc.permute(1, 2, 0))
+    _store(acc, bias, y, m, tl.program_id(0) * BN, M, N, stride, BM, BN, HAS_BIAS, GATED, GELU)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _many(
+    x, low, high, scales, bias, y, count, sums, done, M, N, K, SPAN, stride, BM: tl.constexpr, BN: tl.constexpr,
+    S: tl.constexpr, BLOCKS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, KIND: tl.constexpr, COUNTED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr, GELU: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program has BM rows of x, BN of W and one segment; the memory accelerator brings x.
+
+    Segments of a tile hand their sum on, the first to the second and so forth; programs of earlier segments begin
+    first, so that none waits for one that cannot begin. `done` counts the segments of each tile, 0 before and after.
+    """
+    B: tl.constexpr = 256 // LOW
+    Q: tl.constexpr = LOW // HIGH if HIGH > 0 else 1
+    T: tl.constexpr = BN // 16
+    WORDS: tl.constexpr = GROUPS if KIND > 0 or GROUPS == 1 else GROUPS // 2
+    ALIKE: tl.constexpr = GROUP // B if GROUP > B else 1
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if COUNTED:
+        M = tl.load(count)
+    # tiles of rows side by side share a tile of weights in the L2 cache
+    tiles_m = tl.cdiv(M, BM)
+    tiles = tiles_m * tl.cdiv(N, BN)
+    if tl.program_id(0) >= tiles * S:
+        return
+    segment = tl.program_id(0) // tiles
+    own = tl.program_id(0) % tiles
+    m = own % tiles_m * BM
+    n = own // tiles_m * BN
+    each = tl.arange(0, T * 32)
+    lane = each % 32
+    tile = tl.minimum(n // 16 + each // 32, N // 16 - 1)
+    blocks = SPAN // B
+    word = tl.arange(0, 8)[None, :]
+    low_at = low + (tile * (S * blocks * 256) + lane * 8)[:, None] + word
+    high_at = high + (tile * (S * blocks // Q * 256) + lane * 8)[:, None] + word
+    sets = tl.cdiv(S * SPAN, GROUP) if GROUPS == 1 else S * blocks
+    scale_at = scales + ((tile * (8 * sets) + lane // 4) * WORDS)[:, None]
+    acc = tl.zeros((BN, BM), tl.float32)
+    for b in tl.range(segment * blocks, segment * blocks + blocks, BLOCKS, num_stages=STAGES):
+        for i in tl.static_range(BLOCKS):
+            words = tl.load(low_at + (b + i) * 256)
+            if HIGH == 0:
+                above = words
+            elif i % Q == 0:
+                above = tl.load(high_at + (b + i) // Q * 256)
+            if i % ALIKE == 0:
+                set_at = (b + i) * B // GROUP if GROUPS == 1 else b + i
+                scale, beside = _scales(scale_at + set_at * (8 * WORDS), T, GROUPS, KIND)
+            w = _weights(
+                words, above, scale, beside, T, i % Q * (16 // LOW), LOW, HIGH, GROUPS, KIND, BITS, ASM
+            )
+            a = x.load([m, (b + i) * B])
+            if not ASM:
+                a = a.to(tl.float32)
+            acc = _settled(tl.dot(w.reshape(BN, B), a.T, acc, input_precision="ieee"), ASM)
+    if S > 1:
+        sum_at = sums + own * (BN * BM) + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        if segment > 0:
+            while tl.atomic_add(done + own, 0, sem="acquire") != segment:
+                pass
+            tl.debug_barrier()
+            acc = tl.load(sum_at, cache_modifier=".cg") + acc
+        if segment < S - 1:
+            tl.store(sum_at, acc)
+            tl.debug_barrier()
+            tl.atomic_xchg(done + own, segment + 1, sem="release")
+            return
+        tl.atomic_xchg(done + own, 0, sem="relaxed")
+    _store(acc, bias, y, m, n, M, N, stride, BM, BN, HAS_BIAS, GATED, GELU)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _summed(
+    x, w, bias, y, count, M, N, K, SPAN, stride, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    S: tl.constexpr, COUNTED: tl.constexpr, HAS_BIAS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """The product with unpacked weights [N, K], in segments."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     if COUNTED:
         M = tl.load(count)
     tiles_m = tl.cdiv(M, BM)
+    if tl.program_id(0) >= tiles_m * tl.cdiv(N, BN):
+        return
+    # 8 tiles of rows side by side share a tile of weights in the L2 cache
     tiles_n = tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
-        # tiles of rows side by side share a tile of weights in the L2 cache
-        m = (tile % tiles_m) * BM
-        n = (tile // tiles_m) * BN
-        acc = tl.zeros((BN, BM), tl.float32)
-        for b in tl.range(0, tl.cdiv(K, P * W * CHUNKS), num_stages=STAGES):
-            if COLUMNS > 0:
-                pairs = scales.load([n, b * (1 << COLUMNS)])
-            for q in tl.static_range(CHUNKS):
-                c = b * CHUNKS + q
-                words = low.load([n, c * W])
-                if HIGH == 0:
-                    above = words
-                elif q % Q == 0:
-                    above = high.load([n, c // Q * W])
-                for i in tl.static_range(P):
-                    if i * W % GROUP == 0:
-                        if COLUMNS > 0:
-                            pair = _column(pairs, (q * P + i) * W // GROUP, COLUMNS)
-                        else:
-                            pair = scales.load([(c * P + i) * W // GROUP, n]).reshape(BN)
-                        if KIND == 0:
-                            scale, beside = pair, pair
-                        else:
-                            scale, beside = _halves(pair)
-                    part = _weights(
-                        words, above, scale, beside, i, (q % Q * P + i) * HIGH, LOW, HIGH, KIND, BITS, ASM
-                    )
-                    # planes side by side: joined in pairs, the last pair first
-                    if i == 0:
-                        p0 = part
-                    elif i == 1:
-                        p1 = part
-                    elif i == 2:
-                        p2 = part
-                    elif i == 3:
-                        p3 = part
-                    elif i == 4:
-                        p4 = part
-                    elif i == 5:
-                        p5 = part
-                    elif i == 6:
-                        p6 = part
-                    else:
-                        p7 = part
-                planes = tl.join(tl.join(p0, p2), tl.join(p1, p3))
-                if P == 8:
-                    planes = tl.join(planes, tl.join(tl.join(p4, p6), tl.join(p5, p7)))
-                    weights = planes.permute(0, 4, 2, 3, 1).reshape(BN, P * W)
-                else:
-                    weights = planes.permute(0, 2, 3, 1).reshape(BN, P * W)
-                inputs = x.load([m, c * P * W])
-                if not ASM:  # the interpreter multiplies no bfloat16
-                    weights, inputs = weights.to(tl.float32), inputs.to(tl.float32)
-                acc = tl.dot(weights, inputs.T, acc, input_precision="ieee")
-        columns = n + tl.arange(0, BN)
-        if HAS_BIAS:
-            acc += tl.load(bias + columns, columns < N, 0.0).to(tl.float32)[:, None]
-        if GATED:
-            gate, up = tl.split(acc.reshape(BN // 16, 2, 8, BM).permute(0, 2, 3, 1))
-            y.store([m, n // 2], _act_mul(gate, up, GELU).reshape(BN // 2, BM).T.to(y.dtype))
-        elif WIDE:
-            rows = m + tl.arange(0, BM)
-            at = y + rows[:, None].to(tl.int64) * stride + columns[None, :]
-            tl.store(at, acc.T, (rows[:, None] < M) & (columns < N)[None, :])
-        else:
-            y.store([m, n], acc.T.to(y.dtype))
+    group = tl.program_id(0) // (8 * tiles_n)
+    height = tl.minimum(tiles_m - group * 8, 8)
+    m = (group * 8 + (tl.program_id(0) % (8 * tiles_n)) % height) * BM
+    n = (tl.program_id(0) % (8 * tiles_n)) // height * BN
+    total = tl.zeros((BM, BN), tl.float32)
+    for segment in range(S):
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in tl.range(segment * SPAN, segment * SPAN + SPAN, BK, num_stages=STAGES):
+            a, b = x.load([m, k]), w.load([n, k])
+            if not ASM:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        total += acc
+    _store(total.T, bias, y, m, n, M, N, stride, BM, BN, HAS_BIAS, False, False)
 
 
-def best_tile(M: int, N: int, gated: bool) -> Tile:
-    """The tile for x [M, K] and W [N, K]: it never changes a bit. Not yet tuned on a card."""
-    if M <= 16:  # unpacking takes the time: single warps spend least on anything else
-        narrow = 64 * device.programs() >= N
-        return Tile(16, 16 if narrow else 32, 1, 6, 6)
+@triton.jit
+def _dense(
+    low, high, scales, w, N, K, columns, BN: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, KIND: tl.constexpr, BLOCKS: tl.constexpr,
+    GATED: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The weights themselves, bfloat16 [N, K]: BN rows and a step of columns a program."""
+    B: tl.constexpr = 256 // LOW
+    Q: tl.constexpr = LOW // HIGH if HIGH > 0 else 1
+    T: tl.constexpr = BN // 16
+    WORDS: tl.constexpr = GROUPS if KIND > 0 or GROUPS == 1 else GROUPS // 2
+    ALIKE: tl.constexpr = GROUP // B if GROUP > B else 1
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    each = tl.arange(0, T * 32)
+    lane = each % 32
+    tile = tl.minimum(tl.program_id(1) * T + each // 32, N // 16 - 1)
+    blocks = columns // B
+    b = tl.program_id(0) * BLOCKS
+    word = tl.arange(0, 8)[None, :]
+    low_at = low + (tile * (blocks * 256) + lane * 8)[:, None] + word
+    high_at = high + (tile * (blocks // Q * 256) + lane * 8)[:, None] + word
+    sets = tl.cdiv(columns, GROUP) if GROUPS == 1 else blocks
+    scale_at = scales + ((tile * (8 * sets) + lane // 4) * WORDS)[:, None]
+    rows = tl.program_id(1) * BN + tl.arange(0, BN)
+    inside = (rows < N)[:, None]
+    if GATED:  # 8 of gate and 8 of up become gate 0, up 0, gate 1, up 1, ...
+        rows = rows // 16 * 16 + rows % 8 * 2 + rows // 8 % 2
+    at = w + rows[:, None].to(tl.int64) * K
+    for i in tl.static_range(BLOCKS):
+        words = tl.load(low_at + (b + i) * 256)
+        if HIGH == 0:
+            above = words
+        elif i % Q == 0:
+            above = tl.load(high_at + (b + i) // Q * 256)
+        if i % ALIKE == 0:
+            set_at = (b + i) * B // GROUP if GROUPS == 1 else b + i
+            scale, beside = _scales(scale_at + set_at * (8 * WORDS), T, GROUPS, KIND)
+        part = _weights(
+            words, above, scale, beside, T, i % Q * (16 // LOW), LOW, HIGH, GROUPS, KIND, BITS, ASM
+        )
+        column = (b + i) * B + tl.arange(0, B)
+        tl.store(at + column[None, :], part.reshape(BN, B).to(tl.bfloat16), inside & (column < K)[None, :])
+
+
+def unpacked(packed: PackedQuant) -> torch.Tensor:
+    """What the kernels multiply with, bfloat16 [N, K]; rows of a gated pair take turns."""
+    low, high = PLANES[packed.bits]
+    walk = walk_of(packed.bits, packed.group)
+    N, K = packed.rows, packed.columns
+    columns = packed.low.shape[1] * walk.block
+    w = torch.empty(N, K, dtype=torch.bfloat16, device=packed.low.device)
+    _dense[(columns // walk.step, triton.cdiv(N, 64))](
+        packed.low, packed.low if packed.high is None else packed.high, packed.scales, w, N, K, columns, 64, low, high,
+        packed.bits, packed.group, walk.groups, packed.kind, walk.step // walk.block, packed.gated, device.COMPILED,
+        device.PDL, num_warps=4, **device.launch(),
+    )  # fmt: skip
+    return w
+
+
+def best_tile(M: int, N: int, segments: int) -> Tile:
+    """The tile for x [M, K] and W [N, K], by measurement on the H200: it never changes a bit."""
+    wide = N > 16384
+    if M <= 16:
+        if segments > 1:
+            return Tile(16, 16, 128, segments, 5, True)
+        if M <= 8:
+            return Tile(8, 32, 256, 2, 4, True) if wide else Tile(8, 16, 128, 1, 4, True)
+        return Tile(16, 64, 128, 2, 6, True) if wide else Tile(16, 32, 128, 2, 4, True)
     if M <= 64:
-        return Tile(64, 64, 4, 4, 2)
-    return Tile(128, 128, 8, 3)
+        if wide:
+            return Tile(64, 128, 128, 4, 3)
+        return Tile(32 if M <= 32 else 64, 64, 64 if segments > 1 else 128, 4, 4)
+    if M <= 256:
+        if M > 128 and (wide or segments > 1):
+            return Tile(256, 64, 64, 4, 3)
+        return Tile(128, 64, 64, 4, 3) if wide else Tile(64, 64, 128, 4, 3)
+    return Tile(128, 128, 64, 4, 3)
 
 
-def fitting(tile: Tile, walk: Blocks, kind: int, gated: bool, wide: bool) -> Tile:
-    """`tile` made to suit how K is walked: none of it changes a bit.
+def fitting(tile: Tile, packed: PackedQuant) -> Tile:
+    """`tile` with whole steps of the weight's walk, and as much of it as fits the card's shared memory.
 
-    A row of scales is moved to a place of its own, which must begin at a multiple of 128 bytes; and all that is on its
-    way must fit the card's shared memory.
+    None of it changes a bit.
     """
-    size = 2 if kind == CONSTANT else 4
-    if walk.groups <= 2 and tile.columns * size < 128:
-        tile = tile._replace(columns=128 // size, warps=max(tile.warps, 128 // size // 16))
-    words = walk.chunks + (walk.chunks // walk.share if walk.share > 1 else walk.chunks)
+    walk = walk_of(packed.bits, packed.group)
+    segments = packed.segments if tile.few else 1
+    inner = max(tile.inner, walk.block * walk.share)
+    while packed.low.shape[1] * walk.block // packed.segments % inner:
+        inner //= 2
+    tile = tile._replace(inner=inner)
+    sets = max(1, inner // max(packed.group, walk.block))
+    words = 2 * packed.bits * inner + 32 * packed.scales.shape[3] * packed.scales.element_size() * sets
     while True:
-        rows = 2 * tile.rows * walk.planes * walk.width * walk.chunks
-        others = tile.columns * (2 * walk.width * words + size * walk.groups * walk.chunks)
-        out = tile.rows * tile.columns * (4 if wide else 1 if gated else 2)
-        if tile.stages * rows + (tile.stages - 1) * others + out + 1024 <= device.shared_memory():
-            return tile
-        if tile.stages > 2:
-            tile = tile._replace(stages=tile.stages - 1)
-        elif tile.rows > 16:
-            tile = tile._replace(rows=tile.rows // 2)
-        else:
-            return tile
+        stage = segments * (2 * tile.rows * inner + tile.columns // 16 * words)
+        stages = min(tile.stages, (device.shared_memory() - 1024) // stage)
+        if stages >= 2 or tile.rows <= 16:
+            return tile._replace(stages=stages)
+        tile = tile._replace(rows=tile.rows // 2)
 
 
 def product(
@@ -448,33 +737,71 @@ def product(
 ) -> torch.Tensor:
     """x [M, K] bfloat16 times the packed weight; rows past `rows` (int32 [1]) may be left as they are."""
     M, K = x.shape
-    N = packed.low.shape[0]
-    out = N // 2 if packed.gated else N
+    N, S = packed.rows, packed.segments
     if packed.order is not None:
         x = x[:, packed.order]
     if y is None:
-        y = torch.empty(M, out, dtype=torch.float32 if wide else x.dtype, device=x.device)
+        y = torch.empty(
+            M, N // 2 if packed.gated else N, dtype=torch.float32 if wide else x.dtype, device=x.device
+        )
+    if tile is None and M >= UNPACK_ROWS:
+        return _product_unpacked(x, packed, bias, wide, activation, rows, y)
     low, high = PLANES[packed.bits]
-    walk = blocks_of(packed.bits, packed.group, packed.kind)
-    tile = fitting(tile or best_tile(M, N, packed.gated), walk, packed.kind, packed.gated, wide)
-    tiles = triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns)
-    words = [tile.columns, walk.width]
-    together = walk.groups * walk.chunks if walk.groups > 2 else 0
+    walk = walk_of(packed.bits, packed.group)
+    tile = fitting(tile or best_tile(M, N, S), packed)
+    span = packed.low.shape[1] * walk.block // S
     gelu = activation is not None and activation != "silu"
-    _quantized[(min(device.programs() * tile.programs, tiles),)](
-        TensorDescriptor(x, [M, K], [x.stride(0), 1], [tile.rows, walk.planes * walk.width]),
-        TensorDescriptor(packed.low, list(packed.low.shape), [packed.low.shape[1], 1], words),
-        x if packed.high is None
-        else TensorDescriptor(packed.high, list(packed.high.shape), [packed.high.shape[1], 1], words),
-        TensorDescriptor(packed.scales, list(packed.scales.shape), [packed.scales.shape[1], 1],
-                         [tile.columns, together] if together else [1, tile.columns]),
-        bias if bias is not None else x,
-        y if wide
-        else TensorDescriptor(y, [M, out], [y.stride(0), 1], [tile.rows, tile.columns // (2 if packed.gated else 1)]),
-        rows if rows is not None else x, M, N, K, y.stride(0), tile.rows, tile.columns, walk.width, low, high,
-        packed.bits, packed.group, packed.kind, walk.chunks, together.bit_length() - 1 if together else 0,
-        rows is not None, bias is not None, packed.gated, gelu, wide, tile.stages,
-        device.COMPILED, device.PDL, num_warps=tile.warps, **device.launch(),
+    tiles_m, tiles_n = triton.cdiv(M, tile.rows), triton.cdiv(N, tile.columns)
+    operands = (
+        packed.low, packed.low if packed.high is None else packed.high, packed.scales, x if bias is None else bias, y,
+        x if rows is None else rows,
+    )  # fmt: skip
+    sizes = (
+        M, N, K, span, y.stride(0), tile.rows, tile.columns, S, tile.inner // walk.block, low, high, packed.bits,
+        packed.group, walk.groups, packed.kind,
+    )  # fmt: skip
+    options = (
+        rows is not None, bias is not None, packed.gated, gelu, tile.stages, device.COMPILED, device.PDL,
+    )  # fmt: skip
+    if tile.few:
+        _few[(tiles_n, tiles_m)](
+            x, *operands, *sizes, S * span == K, *options, num_warps=tile.warps, **device.launch()
+        )
+    else:
+        sums = y
+        if S > 1:
+            sums = torch.empty(
+                tiles_m * tiles_n * tile.rows * tile.columns, dtype=torch.float32, device=y.device
+            )
+        x = TensorDescriptor(x, [M, K], [x.stride(0), 1], [tile.rows, walk.block])
+        _many[(S * tiles_m * tiles_n,)](
+            x, *operands, sums, y if packed.done is None else packed.done, *sizes, *options, num_warps=tile.warps,
+            **device.launch(),
+        )  # fmt: skip
+    return y
+
+
+def _product_unpacked(
+    x: torch.Tensor,
+    packed: PackedQuant,
+    bias: torch.Tensor | None,
+    wide: bool,
+    activation: str | None,
+    rows: torch.Tensor | None,
+    y: torch.Tensor,
+) -> torch.Tensor:
+    """`product` for very many rows."""
+    w = unpacked(packed)
+    if packed.segments == 1 and y.is_contiguous():
+        return plain_product(x, Packed(w, packed.gated), bias, wide, activation, rows, y)
+    M, K = x.shape
+    N, S = len(w), packed.segments
+    span = packed.low.shape[1] * walk_of(packed.bits, packed.group).block // S
+    BM, BN = (128, 256) if S > 1 else (256, 128)
+    _summed[(triton.cdiv(M, BM) * triton.cdiv(N, BN),)](
+        TensorDescriptor(x, [M, K], [x.stride(0), 1], [BM, 64]), TensorDescriptor(w, [N, K], [K, 1], [BN, 64]),
+        x if bias is None else bias, y, x if rows is None else rows, M, N, K, span, y.stride(0), BM, BN, 64, S,
+        rows is not None, bias is not None, 3, device.COMPILED, device.PDL, num_warps=8, **device.launch(),
     )  # fmt: skip
     return y
 
@@ -492,11 +819,11 @@ def quantized(
     if len(parts) == 1:
         return product(x, parts[0], bias, wide, activation, rows, out)
     if out is None:
-        width = sum(part.low.shape[0] for part in parts)
+        width = sum(part.rows for part in parts)
         out = torch.empty(len(x), width, dtype=torch.float32 if wide else x.dtype, device=x.device)
     at = 0
     for part in parts:
-        end = at + part.low.shape[0]
+        end = at + part.rows
         product(x, part, bias[at:end] if bias is not None else None, wide, None, rows, out[:, at:end])
         at = end
     return out
