@@ -148,7 +148,7 @@ def eval_(update_baseline: bool, force: bool, format_: str, quiet: bool, **flags
     if update_baseline:
         baseline = keep_baseline(settings, outcome.run, outcome.baseline_path, force=force)
         gate = verdict_of(settings, baseline, outcome.run, load_release(settings))
-        write_reports(outcome.written[0].parent, outcome.run, gate, baseline, outcome.timings)
+        write_reports(outcome.written[0].parent, outcome.run, gate, baseline, outcome.timings, outcome.run)
     if format_ == "text":
         show_run(outcome.run, gate, baseline)
         out = console()
@@ -401,6 +401,7 @@ def report(run: Path | None, path: Path | None) -> int:
         load_base,
         load_release,
         load_timings,
+        run_behind,
         verdict_of,
         write_reports,
     )
@@ -409,7 +410,8 @@ def report(run: Path | None, path: Path | None) -> int:
     usual = baseline_of_suite(settings, found.suite)
     base = load_base(path or usual) if path or usual.exists() else None
     gate = verdict_of(settings, base, found, load_release(settings)) if base else None
-    for written in write_reports(folder, found, gate, base, load_timings(folder)):
+    before = run_behind(settings, base, path or usual)
+    for written in write_reports(folder, found, gate, base, load_timings(folder), before):
         click.echo(f"wrote {written}")
     return 0
 

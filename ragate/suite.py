@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ragate import catalog
 from ragate.endpoint import KEY_VARIABLE, is_url
-from ragate.errors import BaselineError, ConfigError
+from ragate.errors import BaselineError, ConfigError, RunError
 from ragate.files import write_whole
 from ragate.gate.baseline import (
     Baseline,
@@ -129,7 +129,8 @@ def run_suite(
         save_run(run, folder / "run.json")
         write_whole(folder / "timings.json", timings.model_dump_json(indent=1) + "\n")
         costs: dict[str, object] = timings.model_dump()
-        written = (folder / "run.json", *write_reports(folder, run, gate, baseline, costs))
+        before = run_behind(settings, baseline, path)
+        written = (folder / "run.json", *write_reports(folder, run, gate, baseline, costs, before))
     return Outcome(run, gate, baseline, path, costs, written)
 
 
@@ -324,14 +325,31 @@ def write_reports(
     gate: GateResult | None,
     baseline: Baseline | None,
     timings: dict[str, object] | None,
+    before: Run | None = None,
 ) -> tuple[Path, ...]:
-    """Write report.html and comment.md, both made from stored data alone."""
+    """Write report.html and comment.md, both made from stored data alone.
+
+    `before` is the run that the baseline was made of, where it is at hand: its answers are compared with these.
+    """
     from ragate.report.html import render_html
     from ragate.report.markdown import render_comment
 
-    write_whole(folder / "report.html", render_html(run, gate, baseline, timings))
+    write_whole(folder / "report.html", render_html(run, gate, baseline, timings, before))
     write_whole(folder / "comment.md", render_comment(run, gate, baseline))
     return folder / "report.html", folder / "comment.md"
+
+
+def run_behind(settings: Settings, baseline: Baseline | None, path: Path) -> Run | None:
+    """The run that the baseline at `path` was made of, or `None` where it is not kept here or is another one by now."""
+    if baseline is None:
+        return None
+    is_run = path.is_dir() or path.name == "run.json"
+    try:
+        run = load_stored(path if is_run else baseline_run(settings, baseline.suite, path))
+        made = baseline_of(run, commit=None, date=baseline.date)
+    except (RunError, BaselineError):
+        return None
+    return run if made.items == baseline.items else None
 
 
 def load_timings(folder: Path) -> dict[str, object] | None:

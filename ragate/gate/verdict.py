@@ -532,7 +532,7 @@ def _decided(v: MetricVerdict, terms: _Terms, *, invalid: bool) -> MetricVerdict
     if verdict == "PASS" and v.drop > 0 and v.p < SIGNIFICANT and terms.strategy == "significant":
         warnings.append(
             f"WARN: {v.metric} lost {points(v.drop)}, less than the limit but not by chance "
-            f"(p {_p(v.p)}): many such losses add up"
+            f"(p {chance(v.p)}): many such losses add up"
         )
     if v.broken or v.below_floor:
         verdict = "FAIL"
@@ -561,7 +561,7 @@ def _metric_sentence(v: MetricVerdict, strategy: Strategy, mode: Mode) -> str:
     relative = "" if v.limit_relative is None else f" = {v.limit_relative * 100:.3g} %"
     measured = f"limit {allowed}{relative}, 90 % interval of the drop {low} to {high}"
     if strategy == "significant" and v.drop > 0:
-        measured += f", p {_p(v.p)}"
+        measured += f", p {chance(v.p)}"
     over = f"over {v.paired} items" + (f" of {v.clusters} clusters" if v.clusters else "")
     if v.drop > 0:
         text = f"{v.metric} fell {fell} ({measured}), from {v.base_mean:.3f} to {v.head_mean:.3f} {over}"
@@ -587,7 +587,8 @@ def _below(value: float, floor: float) -> str:
     return f"{value:.{digits}f}, below {floor:g}"
 
 
-def _p(p: float) -> str:
+def chance(p: float) -> str:
+    """A p-value for people."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 

@@ -17,25 +17,30 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ragate import __version__
 from ragate.gate.baseline import SAME, diff_fields, mean
-from ragate.gate.verdict import SEVERITY, points, shorten
+from ragate.gate.verdict import SEVERITY, chance, points, shorten
+from ragate.report.charts import Interval, distribution, intervals
+from ragate.report.diff import context_changes, word_diff
 from ragate.report.rows import ItemRow, rows_of
 from ragate.report.untrusted import visible
+from ragate.report.why import CLASSES, Passages, classes_of, why
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Mapping, Sequence
 
     from jinja2 import Environment
     from markupsafe import Markup
 
     from ragate.gate.baseline import Baseline
     from ragate.gate.verdict import GateResult, MetricVerdict
+    from ragate.report.why import Scores
     from ragate.run import Claim, ItemRecord, Run, Score
 
-BINS = 10
 BYTES_PER_ITEM = 20_000
 """The page stays below this (2 MB for 100 items); to that end long texts are cut to the first that fits of"""
 LONGEST_TEXTS = (8_000, 4_000, 2_000, 1_000, 500)
 """characters, and say how many more run.json has."""
+DOLLARS_IN, DOLLARS_OUT = 0.15, 0.60
+"""For a million tokens: the list price of GPT-4o mini, a usual judge behind an API, at its release in 2024."""
 QUOTED = 40
 """Characters from which a text of the item is shown once and referred to where a judge call repeats it."""
 
@@ -85,16 +90,23 @@ WORDS = {
 
 
 def render_html(
-    run: Run, gate: GateResult | None, baseline: Baseline | None, timings: dict[str, Any] | None
+    run: Run,
+    gate: GateResult | None,
+    baseline: Baseline | None,
+    timings: dict[str, Any] | None,
+    before: Run | None = None,
 ) -> str:
     """The page, as text to be written to one file.
 
     `timings` is what `timings.json` beside the run holds (`evaluate.Timings`); any part of it may be missing.
+    `before` is the run that the baseline was made of, where it is at hand: with it, answers and contexts are compared.
     """
     timings = timings or {}
     cards = _cards(run, gate, baseline)
     rows = rows_of(run, baseline, metrics=[card["metric"] for card in cards])
-    scores = {(s.item, s.metric): s for s in run.scores}
+    scores, old_scores = _scores(run), _scores(before) if before else {}
+    old_items = {item.id: item for item in before.items} if before else {}
+    classes = {row.item.id: classes_of(row, scores) for row in rows}
     usage = _usage(run, timings)
     call_ms = _part_of(timings, "call_ms")
     style, script = _part("report.css"), _part("report.js")
@@ -102,17 +114,24 @@ def render_html(
         "run": run,
         "gate": gate,
         "baseline": baseline,
+        "before": before,
         "head": _headline(run, gate, baseline),
+        "warnings": _warnings(gate),
+        "drift": _drift(gate),
+        "power": [v for v in gate.metrics if v.detectable is not None] if gate and not gate.reasons else [],
+        "judge": _judge(run),
         "cards": cards,
-        "rows": [(row, _item(run, row, scores, call_ms)) for row in rows],
+        "rows": [
+            (row, _item(run, row, scores, call_ms, old_items.get(row.item.id), old_scores)) for row in rows
+        ],
         "counts": _counts(rows),
+        "classes": _class_counts(rows, classes),
         "positions": {item.id: position for position, item in enumerate(run.items)},
         "heads": {name: position for position, name in enumerate(run.prompt_heads)},
         "fingerprint": _fingerprint(run, baseline),
         "usage": usage,
         "words": _words,
         "version": __version__,
-        "payload": _payload(run, gate, baseline, usage, rows),
         "style": style,
         "script": script,
         "style_hash": _csp_hash(style),
@@ -120,10 +139,19 @@ def render_html(
     }
     template = _environment().get_template("report.html.j2")
     for longest in LONGEST_TEXTS:
-        page = template.render(context, cut=partial(_cut, longest=longest))
+        page = template.render(
+            context,
+            cut=partial(_cut, longest=longest),
+            diff=lambda old, new, longest=longest: word_diff(_cut(old, longest), _cut(new, longest)),
+            payload=_payload(run, gate, baseline, usage, rows, classes, longest),
+        )
         if len(page.encode()) <= BYTES_PER_ITEM * max(len(rows), 100):
             break
     return page
+
+
+def _scores(run: Run) -> dict[tuple[str, str], Score]:
+    return {(score.item, score.metric): score for score in run.scores}
 
 
 @lru_cache
@@ -144,6 +172,9 @@ def _environment() -> Environment:
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
     environment.filters["points"] = points
+    environment.filters["bounds"] = _bounds
+    environment.filters["signed"] = _signed
+    environment.filters["chance"] = chance
     environment.filters["in_pre"] = _in_pre
     environment.filters["commands"] = _commands
     environment.filters["shorten"] = shorten
@@ -166,6 +197,19 @@ def _csp_hash(text: str) -> str:
 def _words(metric: str) -> MetricWords:
     title = metric.replace("_", " ").capitalize()
     return WORDS.get(metric) or MetricWords(title, "", "yes", "no", "Claim")
+
+
+def _bounds(v: MetricVerdict) -> str:
+    """`7.1 to 17.4 pt`: what the drop lies between."""
+    low, high = (f"{(value or 0.0) * 100:.1f}".replace("-", "−") for value in (v.lower, v.upper))
+    return f"{'0.0' if low == '−0.0' else low} to {'0.0' if high == '−0.0' else high} pt"
+
+
+def _signed(v: MetricVerdict) -> str:
+    """The change of the mean: a fall is negative."""
+    if not v.drop:
+        return "0.0 pt"
+    return f"{'−' if v.drop > 0 else '+'}{points(v.drop)}"
 
 
 def _in_pre(text: str) -> Markup:
@@ -191,9 +235,7 @@ def _cut(text: str, longest: int) -> str:
 def _headline(run: Run, gate: GateResult | None, baseline: Baseline | None) -> dict[str, Any]:
     word: str
     if gate is not None:
-        word, sentence = gate.verdict, gate.sentence.removeprefix(f"{gate.verdict}: ")
-        for metric in run.metrics:
-            sentence = sentence.replace(metric, _words(metric).title.lower())
+        word, sentence = gate.verdict, _sentence_of(gate)
         tone = TONES[gate.verdict]
     elif baseline is None:
         word, tone = "NO BASELINE", "none"
@@ -203,6 +245,7 @@ def _headline(run: Run, gate: GateResult | None, baseline: Baseline | None) -> d
     if gate is not None and len(gate.reasons) > 1:
         sentence = f"the run cannot be compared with the baseline, for {len(gate.reasons)} reasons"
     lead, _, rest = sentence.partition("; ")
+    short, bracket, numbers = lead.partition(" (")
     done = sum(1 for s in run.scores if s.metric in run.metrics)
     way_out = (gate.way_out or "") if gate else ""
     if gate is None and baseline is None:
@@ -210,17 +253,67 @@ def _headline(run: Run, gate: GateResult | None, baseline: Baseline | None) -> d
     return {
         "word": word,
         "tone": tone,
-        "lead": lead,
+        "short": short,
+        "numbers": f"{bracket.strip()}{numbers}",
         "rest": rest.split("; also ") if rest else [],
         "partial": f"{done} of {len(run.items) * len(run.metrics)} scores were made" if run.partial else None,
         "next": way_out[:1].upper() + way_out[1:],
     }
 
 
+def _spoken(text: str) -> str:
+    """A sentence of the gate with the metrics as people call them."""
+    for metric, words in WORDS.items():
+        text = text.replace(metric, words.title.lower())
+    return text
+
+
+def _warnings(gate: GateResult | None) -> list[str]:
+    return [_spoken(warning.removeprefix("WARN: ")) for warning in gate.warnings] if gate else []
+
+
+def _sentence_of(gate: GateResult) -> str:
+    """The sentence without its word, and without the warnings, which stand by themselves."""
+    sentence = gate.sentence.removeprefix(f"{gate.verdict}: ")
+    for warning in gate.warnings:
+        sentence = sentence.replace(f"; {warning}", "")
+    return _spoken(sentence)
+
+
+def _drift(gate: GateResult | None) -> dict[str, Any] | None:
+    """The run against the pinned release."""
+    if gate is None or gate.drift is None:
+        return None
+    return {
+        "word": gate.drift.verdict,
+        "tone": TONES[gate.drift.verdict],
+        "sentence": _sentence_of(gate.drift),
+        "metrics": [
+            (v, TONES[v.verdict], interval)
+            for v in gate.drift.metrics
+            if (interval := intervals(gate.drift.metrics).get(v.metric))
+        ],
+    }
+
+
+def _judge(run: Run) -> dict[str, str | None]:
+    """What is known of the judge: of its weights by the fingerprint, of its accuracy by the catalogue."""
+    from ragate import catalog
+
+    known = next((model for model in catalog.models() if model.name == run.judge), None)
+    fields = run.fingerprint
+    return {
+        "quantization": fields.get("judge_quantization") or fields.get("judge_format"),
+        "backend": fields.get("judge_backend") or fields.get("engine"),
+        "accuracy": known.accuracy if known else None,
+    }
+
+
 def _cards(run: Run, gate: GateResult | None, baseline: Baseline | None) -> list[dict[str, Any]]:
     """One card a metric: the worst verdict first, then what used up most of its limit."""
     verdicts = {v.metric: v for v in gate.metrics} if gate else {}
-    cards = [_card(run, metric, verdicts.get(metric), baseline) for metric in run.metrics]
+    drawn = intervals(list(verdicts.values()))
+    cards = [_card(run, metric, verdicts.get(metric), baseline, drawn.get(metric)) for metric in run.metrics]
 
     def worst_first(card: dict[str, Any]) -> tuple[int, float]:
         if gate is None or not card["verdict"] or not card["limit"]:
@@ -230,7 +323,13 @@ def _cards(run: Run, gate: GateResult | None, baseline: Baseline | None) -> list
     return sorted(cards, key=worst_first)
 
 
-def _card(run: Run, metric: str, verdict: MetricVerdict | None, baseline: Baseline | None) -> dict[str, Any]:
+def _card(
+    run: Run,
+    metric: str,
+    verdict: MetricVerdict | None,
+    baseline: Baseline | None,
+    interval: Interval | None,
+) -> dict[str, Any]:
     head, base = run.values(metric), baseline.values(metric) if baseline else {}
     score, base_mean = mean(head.values()), mean(base.values()) if baseline else None
     if verdict is not None and verdict.paired:
@@ -248,42 +347,12 @@ def _card(run: Run, metric: str, verdict: MetricVerdict | None, baseline: Baseli
         "drop": None if score is None or base_mean is None else base_mean - score,
         "same": score is not None and base_mean is not None and abs(base_mean - score) <= SAME,
         "limit": limit,
-        "limit_note": verdict.limit_note if verdict else None,
-        "detectable": verdict.detectable if verdict else None,
-        "paired": verdict.paired if verdict else 0,
+        "of": verdict,
+        "interval": interval,
         "scored": len(head),
-        "sentence": verdict.sentence if verdict else None,
         "bad_states": {state: n for state, n in states.items() if state != "ok" and n > 0},
-        "chart": _chart(base.values(), head.values(), base_mean, score, limit),
+        "chart": distribution(base.values(), head.values(), base_mean, score, limit),
     }
-
-
-def _chart(
-    base: Iterable[float],
-    head: Iterable[float],
-    base_mean: float | None,
-    head_mean: float | None,
-    limit: float | None,
-) -> dict[str, Any]:
-    """Numbers of the distribution drawing: heights as shares of the tallest bar, positions in score units."""
-    old, new = _histogram(base), _histogram(head)
-    tallest = max((*old, *new, 1e-9))
-    return {
-        "bars": [(share / tallest, other / tallest) for share, other in zip(old, new, strict=True)],
-        "base": base_mean,
-        "head": head_mean,
-        "limit": None if base_mean is None or limit is None else max(base_mean - limit, 0.0),
-    }
-
-
-def _histogram(values: Iterable[float]) -> list[float]:
-    """Share of the values in each of `BINS` equal bins over [0, 1]."""
-    numbers = list(values)
-    counts = [0] * BINS
-    for value in numbers:
-        # 0.3 * 10 is 2.9999…, and a score of 1 belongs to the last bin
-        counts[min(max(int(value * BINS + SAME), 0), BINS - 1)] += 1
-    return [count / len(numbers) if numbers else 0.0 for count in counts]
 
 
 def _counts(rows: Sequence[ItemRow]) -> list[tuple[str, str, int]]:
@@ -296,6 +365,10 @@ def _counts(rows: Sequence[ItemRow]) -> list[tuple[str, str, int]]:
     ]
     chips = [("all", "All", len(rows))]
     chips += [(key, label, sum(row.change == key for row in rows)) for key, label in kinds]
+    chips[1:1] = [
+        ("broke", "Broke", sum(row.broke for row in rows)),
+        ("mended", "Mended", sum(row.mended for row in rows)),
+    ]
     chips += [("errored", "Errored", sum(row.errored for row in rows))]
     # without a baseline no item was compared, and one chip saying so for all is no help
     if all(row.change == "new" for row in rows):
@@ -303,12 +376,31 @@ def _counts(rows: Sequence[ItemRow]) -> list[tuple[str, str, int]]:
     return [chip for chip in chips if chip[0] != "new" or chip[2]]
 
 
+def _class_counts(
+    rows: Sequence[ItemRow], classes: Mapping[str, tuple[str, ...]]
+) -> list[tuple[Any, int, int]]:
+    """(class, items of it, those of them that got worse), most items first; none that nothing belongs to."""
+    found = []
+    for each in CLASSES:
+        mine = [row for row in rows if each.key in classes[row.item.id]]
+        worse = sum(row.change == "regressed" for row in mine)
+        if mine:
+            found.append((each, len(mine), worse))
+    return sorted(found, key=lambda one: (-one[2], -one[1]))
+
+
 def _item(
-    run: Run, row: ItemRow, scores: dict[tuple[str, str], Score], call_ms: dict[str, Any]
+    run: Run,
+    row: ItemRow,
+    scores: Scores,
+    call_ms: dict[str, Any],
+    old: ItemRecord | None,
+    old_scores: Scores,
 ) -> dict[str, Any]:
-    """What the opened row shows beside its cells."""
+    """What the row shows beside its cells; `old` and `old_scores` are the baseline's, where they are at hand."""
     item = row.item
     quotable = _quotable(item)
+    passages = Passages(item.contexts)
     useful: dict[int, Claim] = {}
     parts = []
     for cell in row.cells:
@@ -322,8 +414,25 @@ def _item(
             for key in dict.fromkeys(score.calls if score else ())
             if key in run.calls
         ]
-        parts.append({"cell": cell, "claims": claims, "calls": calls})
-    return {"parts": parts, "useful": useful}
+        before = old_scores.get((item.id, cell.metric))
+        rests = cell.metric in ("faithfulness", "context_recall")
+        parts.append(
+            {
+                "cell": cell,
+                "claims": [(claim, passages.closest(claim.text) if rests else None) for claim in claims],
+                "calls": calls,
+                # what the judge said before is of interest where it says something else now
+                "before": before.claims if before and cell.drop else (),
+            }
+        )
+    contexts = context_changes(old.contexts if old else (), item.contexts)
+    return {
+        "parts": parts,
+        "useful": useful,
+        "why": why(row, scores, old_scores),
+        "old": old,
+        "contexts": [(change, change.old == change.new) for change in contexts],
+    }
 
 
 def _quotable(item: ItemRecord) -> list[tuple[str, tuple[str, str]]]:
@@ -397,9 +506,24 @@ def _usage(run: Run, timings: dict[str, Any]) -> dict[str, Any]:
         "sent": _number(timings.get("prompt_tokens_sent")),
         "computed": _number(timings.get("prompt_tokens_computed")),
         "forced": _number(engine.get("tokens_forced")),
+        "rates": _rates(run, timings),
         # phases overlap, so each bar is a share of the longest and not of their sum
         "seconds": [(name, value, value / longest if longest else 0.0) for name, value in seconds.items()],
     }
+
+
+def _rates(run: Run, timings: dict[str, Any]) -> dict[str, float]:
+    """Items and tokens a second, and what the same calls would have cost elsewhere; only what is known."""
+    engine = _part_of(timings, "engine")
+    total = _number(_part_of(timings, "seconds").get("total"))
+    sent, out = _number(timings.get("prompt_tokens_sent")), _number(engine.get("tokens_out"))
+    rates = {}
+    if total and sent is not None and out is not None:
+        rates = {"items": len(run.items) / total, "tokens": (sent + out) / total}
+    prompt, answer = run.tokens.prompt_tokens, run.tokens.output_tokens
+    if prompt:
+        rates["dollars"] = (prompt * DOLLARS_IN + answer * DOLLARS_OUT) / 1e6
+    return rates
 
 
 def _part_of(timings: dict[str, Any], name: str) -> dict[str, Any]:
@@ -419,6 +543,8 @@ def _payload(
     baseline: Baseline | None,
     usage: dict[str, Any],
     rows: Sequence[ItemRow],
+    classes: Mapping[str, tuple[str, ...]],
+    longest: int,
 ) -> Markup:
     """The page's data as JSON that no text in it can end: for the page's own script and for other programs.
 
@@ -431,7 +557,8 @@ def _payload(
         "ragate": __version__,
         "run": run.model_dump(mode="json", exclude={"items", "scores", "calls", "prompt_heads"}),
         "fingerprint_id": run.fingerprint_id,
-        "gate": gate.model_dump(mode="json") if gate else None,
+        # each item has its own scores below
+        "gate": gate.model_dump(mode="json", exclude=_CHANGED) if gate else None,
         "baseline": baseline.model_dump(mode="json", exclude={"items"}) if baseline else None,
         "usage": usage,
         "items": [
@@ -439,7 +566,10 @@ def _payload(
                 "position": positions[row.item.id],
                 **row.item.model_dump(mode="json", exclude={"contexts"}),
                 "change": row.change,
+                "broke": row.broke,
+                "mended": row.mended,
                 "errored": row.errored,
+                "classes": classes[row.item.id],
                 "drop": row.drop,
                 "lowest": row.lowest,
                 "scores": {c.metric: c.model_dump(mode="json", exclude={"metric"}) for c in row.cells},
@@ -447,8 +577,20 @@ def _payload(
             for row in rows
         ],
     }
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False, default=str)
-    # ensure_ascii has made U+2028 and U+2029 \u2028 and \u2029 already
+    text = json.dumps(_cut_all(data, longest), separators=(",", ":"), allow_nan=False, default=str)
+    # ensure_ascii has made U+2028 and U+2029 \u2028 and \u2029
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
+
+
+_CHANGED: Any = {"metrics": {"__all__": {"changed"}}, "drift": {"metrics": {"__all__": {"changed"}}}}
+
+
+def _cut_all(value: Any, longest: int) -> Any:
+    """`value` with each text in it cut."""
+    if isinstance(value, str):
+        return _cut(value, longest)
+    if isinstance(value, dict):
+        return {name: _cut_all(part, longest) for name, part in value.items()}
+    return [_cut_all(part, longest) for part in value] if isinstance(value, (list, tuple)) else value

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Literal
 
 from ragate.gate.baseline import SAME
+from ragate.gate.verdict import BROKEN, INTACT
 from ragate.run import Frozen, ItemRecord
 
 if TYPE_CHECKING:
@@ -37,6 +38,16 @@ class Cell(Frozen):
         drop = self.base - self.value
         return drop if abs(drop) > SAME else 0.0
 
+    @property
+    def broke(self) -> bool:
+        """Whether it went from 0.8 or more to 0.2 or less."""
+        return _fell_through(self.base, self.value)
+
+    @property
+    def mended(self) -> bool:
+        """Whether it went from 0.2 or less to 0.8 or more."""
+        return _fell_through(self.value, self.base)
+
 
 class ItemRow(Frozen):
     """An item with its cells, in the order of the run's metrics."""
@@ -56,6 +67,16 @@ class ItemRow(Frozen):
         if not drops:
             return "new"
         return "regressed" if max(drops) > 0 else "fixed" if min(drops) < 0 else "unchanged"
+
+    @property
+    def broke(self) -> bool:
+        """Whether any score broke."""
+        return any(c.broke for c in self.cells)
+
+    @property
+    def mended(self) -> bool:
+        """Whether any score was mended."""
+        return any(c.mended for c in self.cells)
 
     @property
     def errored(self) -> bool:
@@ -101,3 +122,7 @@ def _cell(score: Score | None, item: str, metric: str, baseline: Baseline | None
         base=base if isinstance(base, float) else None,
         error=None if score is None else score.error,
     )
+
+
+def _fell_through(before: float | None, after: float | None) -> bool:
+    return None not in (before, after) and before >= INTACT - SAME and after <= BROKEN + SAME  # type: ignore[operator]

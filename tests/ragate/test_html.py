@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from ragate.run import Run
 
+INTERVAL_WORDS = "0 limit fell ▸"
 DATE = datetime(2025, 11, 20, 9, 30, tzinfo=UTC)
 
 
@@ -106,9 +107,13 @@ def test_the_cards_show_score_baseline_delta_and_limit_worst_first() -> None:
     page = Page(_render(worse_run(), good_run()))
     cards = [a["aria-label"] for tag, a in page.tags if tag == "article" and "aria-label" in a]
     assert cards == ["Faithfulness", "Context recall", "Answer relevance", "Context precision"]
-    assert "0.817 fell by 11.3 pt Baseline 0.931 Limit −4.7 pt (5 % of 0.931) Items 100" in page.words
+    facts = (
+        "Baseline 0.931 Limit −4.7 pt 5 % of 0.931 Interval 7.1 to 17.4 pt p 0.008 Items 100 of 11 clusters"
+    )
+    assert f"0.817 fell by 11.3 pt {INTERVAL_WORDS} {facts} Answers 4 broke, 0 mended p 0.062" in page.words
     charts = [a["aria-label"] for tag, a in page.tags if a.get("role") == "img"]
-    assert charts[0] == (
+    assert charts[0] == "Drop −11.3 pt, interval 7.1 to 17.4 pt, limit 4.7 pt"
+    assert charts[1] == (
         "Distribution of the scores from 0 to 1: baseline mean 0.931, this run 0.817, limit at 0.884"
     )
 
@@ -180,7 +185,7 @@ def test_states_other_than_ok_are_words_with_their_error() -> None:
     assert "timeout was 1.00" in page.words
     assert "no answer from the judge in 120 s" in page.words
     assert "The system under test gave no answer: ConnectionError: refused" in page.words
-    assert "Items 97 · 1 timeout · 1 truncated · 1 error" in page.words
+    assert "Items 97 of 11 clusters · 1 timeout · 1 truncated · 1 error" in page.words
     assert "Errored 4" in page.words
     assert sum(item["errored"] for item in page.payload["items"]) == 4
 

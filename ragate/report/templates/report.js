@@ -11,12 +11,13 @@
   const search = document.getElementById("search");
   const sort = document.getElementById("sort");
   const chips = [...document.querySelectorAll(".chip")];
-  const state = { filter: "all", q: "", sort: sort.value, item: "" };
+  const shows = [...document.querySelectorAll("[data-class]")];
+  const state = { filter: "all", class: "", q: "", sort: sort.value, item: "" };
   const start = { ...state };
   let shown = items;
 
   document.documentElement.classList.add("js");
-  for (const element of [document.getElementById("tools"), document.getElementById("keys"), ...items.map((i) => i.toggle)]) {
+  for (const element of [document.getElementById("tools"), document.getElementById("keys"), ...shows, ...items.map((i) => i.toggle)]) {
     element.hidden = false;
   }
 
@@ -30,7 +31,9 @@
 
   function apply() {
     const words = state.q.toLowerCase().split(/\s+/).filter(Boolean);
-    const fits = (item) => state.filter === "all" || item.change === state.filter || (state.filter === "errored" && item.errored);
+    const flags = ["broke", "mended", "errored"];
+    const kind = (item) => flags.includes(state.filter) ? item[state.filter] : state.filter === "all" || item.change === state.filter;
+    const fits = (item) => kind(item) && (!state.class || item.classes.includes(state.class));
     const metric = state.sort.startsWith("metric:") ? state.sort.slice(7) : null;
     const compare = metric ? (a, b) => score(a, metric) - score(b, metric) : orders[state.sort];
     const sorted = [...items].sort((a, b) => compare(a, b) || a.place - b.place);
@@ -41,10 +44,12 @@
     }
     table.append(...sorted.map((item) => item.body));
     for (const chip of chips) chip.setAttribute("aria-pressed", String(chip.dataset.filter === state.filter));
+    for (const show of shows) show.setAttribute("aria-pressed", String(show.dataset.class === state.class));
     if (search.value !== state.q) search.value = state.q;
     sort.value = state.sort;
     document.getElementById("nothing").hidden = shown.length > 0;
-    document.getElementById("found").textContent = shown.length + " of " + items.length + " items";
+    const narrowed = shown.length < items.length;
+    document.getElementById("found").textContent = narrowed ? shown.length + " of " + items.length + " items" : "";
   }
 
   function remember() {
@@ -56,6 +61,7 @@
   function recall() {
     const hash = new URLSearchParams(location.hash.slice(1));
     for (const key of Object.keys(state)) state[key] = hash.get(key) ?? start[key];
+    if (!shows.some((show) => show.dataset.class === state.class)) state.class = "";
     if (!chips.some((chip) => chip.dataset.filter === state.filter)) state.filter = "all";
     if (![...sort.options].some((option) => option.value === state.sort)) state.sort = start.sort;
     apply();
@@ -105,7 +111,14 @@
   for (const chip of chips) chip.addEventListener("click", () => change({ filter: chip.dataset.filter }));
   search.addEventListener("input", () => change({ q: search.value }));
   sort.addEventListener("change", () => change({ sort: sort.value }));
-  document.getElementById("reset").addEventListener("click", () => change({ filter: "all", q: "" }));
+  document.getElementById("reset").addEventListener("click", () => change({ filter: "all", class: "", q: "" }));
+  for (const show of shows) {
+    show.addEventListener("click", () => {
+      const wanted = state.class === show.dataset.class ? "" : show.dataset.class;
+      change({ class: wanted });
+      if (wanted) document.getElementById("changes").scrollIntoView({ block: "start" });
+    });
+  }
   addEventListener("hashchange", recall);
 
   // links inside the page open what they point into, and leave the state in the hash alone
