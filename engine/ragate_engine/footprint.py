@@ -23,8 +23,6 @@ PLAIN, INT4 = "bf16", "int4 g128"
 """Floats of 16 bits, and what AWQ and GPTQ make; other formats go by the names of llama.cpp's mixes."""
 FLOATS = Form(2)
 """What is taken of a tensor that no header describes."""
-BLOCK = 64
-"""Packed rows are whole blocks of so many columns."""
 MOST_INT8_COLUMNS = (1 << 31) // (127 * 128)
 """Wider matrices are not multiplied in int8."""
 
@@ -129,10 +127,12 @@ def _held(parts: Sequence[Matrix], kept: Kept, gated: bool) -> int:
     ):
         return count + 4 * sum(shape[0] for shape in shapes)
     if kept == "packed" and all(_packable(form, shape) for form, shape in parts):
-        runs = [kind for kind, _ in groupby(replace(form, size=0) for form, _ in parts)]  # a launch each
+        runs = [
+            (kind, sum(shape[0] for _, shape in run))
+            for kind, run in groupby(parts, lambda part: replace(part[0], size=0))
+        ]  # a launch each
         if not gated or len(runs) == 1:
-            order = 8 * width * sum(kind.ordered for kind in runs)
-            return order + sum(_packed(form, *shape) for form, shape in parts)
+            return sum(_packed(kind, rows, width, gated) for kind, rows in runs)
     return 2 * count
 
 
@@ -143,11 +143,16 @@ def _packable(form: Form, shape: tuple[int, ...]) -> bool:
     return form.bits > 0 and shape[0] % 16 == 0 and shape[1] % 16 == 0 and cut
 
 
-def _packed(form: Form, rows: int, width: int) -> int:
-    """Bytes of weights as a card keeps them: codes, scales in bfloat16 and as much for what is beside."""
-    padded = -(-width // BLOCK) * BLOCK
+def _packed(form: Form, rows: int, width: int, gated: bool) -> int:
+    """Bytes of weights as a card keeps them (`kernels/triton/quantized.py`): codes in whole steps of columns, scales in
+    bfloat16 and as much for what is beside, the order of columns, and a count for each tile of a weight in segments."""
+    segments = 4 if not gated and rows <= 8192 and width >= 4096 else 1
+    step = segments * (256 if form.bits in (3, 5) else 128)
+    padded = -(-width // step) * step
     groups = -(-padded // form.group)
-    return rows * (padded * form.bits // 8 + groups * (4 if form.beside else 2))
+    order = 8 * width if form.ordered else 0
+    done = -(-rows // 64) * 128 if segments > 1 else 0
+    return order + done + rows * (padded * form.bits // 8 + groups * (4 if form.beside else 2))
 
 
 def _codes(form: Form, rows: int, width: int) -> int:

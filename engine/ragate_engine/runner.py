@@ -120,7 +120,12 @@ class Runner:
             from ragate_engine.kernels.triton.ahead import AheadCompiler
 
             self._compiler = AheadCompiler(
-                model, self.dtype, kv_dtype, buckets_of(self.max_step_tokens), most_wanted_of(self.max_batch)
+                model,
+                self.dtype,
+                kv_dtype,
+                buckets_of(self.max_step_tokens),
+                most_wanted_of(self.max_batch),
+                checkpoint.forms if self.keep == "packed" else None,
             )
         self.decoder = self._decoder_on_card(checkpoint, progress)
         fell: Mapping[str, str] = {}

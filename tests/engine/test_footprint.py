@@ -48,15 +48,16 @@ def triton_kernels() -> Any:
 def test_llama_3_8b_on_a_card_worked_out_by_hand() -> None:
     layers = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     table, norms = 128256 * 4096, 65 * 4096
+    turns = 32 * 128 * (6144 + 2 * 4096) // 64  # counts for 32 tiles of every 64 rows of qkv, o and down
     plain = weight_bytes(LLAMA_8B, forms_of(LLAMA_8B, "bf16"), "bf16")
     assert plain == WeightBytes(held=2 * (layers + 2 * table + norms), read=2 * (layers + table + norms))
     # 8 bits and a bfloat16 scale for 32 weights; the embedding is unpacked
     packed = weight_bytes(LLAMA_8B, forms_of(LLAMA_8B, "Q8_0"), "packed")
-    assert packed.read == (layers + table) * 34 // 32 + 2 * norms
+    assert packed.read == (layers + table) * 34 // 32 + 2 * norms + turns
     assert packed.held == packed.read + 2 * table
     # codes, and a scale and a zero of two bytes each for 128 weights; the head stays as it is
     int4 = weight_bytes(LLAMA_8B, forms_of(LLAMA_8B, INT4), "packed")
-    assert int4.read == layers // 2 + layers // 128 * 4 + 2 * (table + norms)
+    assert int4.read == layers // 2 + layers // 128 * 4 + 2 * (table + norms) + turns
     # a byte a weight, and a float32 scale for each row; embedding and head stay as they are
     rows = 32 * (2 * 4096 + 2 * 1024 + 2 * 14336 + 4096)
     int8 = weight_bytes(LLAMA_8B, forms_of(LLAMA_8B, "Q8_0"), "int8")
@@ -217,18 +218,19 @@ def test_a_decoder_holds_to_the_byte_what_was_worked_out(keep: Keep, data: st.Da
     assert found.held + again == held_by(decoder, config)
 
 
+@pytest.mark.parametrize("width", [2048, 2080, 4128])
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
-def test_packed_codes_take_what_the_kernels_layout_of_them_does(kind: Stored) -> None:
+def test_packed_codes_take_what_the_kernels_layout_of_them_does(kind: Stored, width: int) -> None:
     form, kernels = form_of(kind), triton_kernels()
-    groups = torch.ones(32, 2048 // form.group)
-    codes = torch.zeros(32, 2048, dtype=torch.uint8 if form.beside else torch.int8)
+    groups = torch.ones(32, width // form.group)
+    codes = torch.zeros(32, width, dtype=torch.uint8 if form.beside else torch.int8)
     weight = QuantTensor(
-        form.bits, form.group, codes, groups, groups * 0.3 if form.beside else None, (32, 2048)
+        form.bits, form.group, codes, groups, groups * 0.3 if form.beside else None, (32, width)
     )
     held = sum(size for _, size in bytes_of(kernels.pack_quantized([weight])))
-    config = replace(MODEL, vocab_size=32, hidden_size=2048)
+    config = replace(MODEL, vocab_size=32, hidden_size=width)
     head = {name: Form(2) for name in names.expected(config)} | {"lm_head": form}
-    without = weight_bytes(config, head | {"lm_head": Form(2)}, "packed").read - 2 * 32 * 2048
+    without = weight_bytes(config, head | {"lm_head": Form(2)}, "packed").read - 2 * 32 * width
     assert weight_bytes(config, head, "packed").read - without == held
     assert form.size == FORMATS[kind].block_bytes / FORMATS[kind].block_weights
 

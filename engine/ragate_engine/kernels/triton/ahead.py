@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -26,7 +28,21 @@ from ragate_engine.kernels.triton.children import Children, Job, Marker, compile
 from ragate_engine.kernels.triton.linear import PREFETCH_BYTES, Packed, best_tile, prefetches, product
 from ragate_engine.kernels.triton.pick import COUNTS, ROW_WORDS, PickWorkspace, choose, out_width
 from ragate_engine.kernels.triton.plan import HEADER, ROWS, WANTED
+from ragate_engine.kernels.triton.quantized import (
+    OFFSET,
+    PLANES,
+    UNPACK_ROWS,
+    ZERO,
+    PackedQuant,
+    fitting,
+    quantized,
+    segments_of,
+    walk_of,
+)
+from ragate_engine.kernels.triton.quantized import best_tile as best_quantized_tile
 from ragate_engine.kernels.triton.rowwise import embed, last_norm, rms_norm
+from ragate_engine.quant.tensor import Form
+from ragate_engine.weights import names
 
 FIRST_BUCKET = 64
 """Kernels for steps of up to so many rows come first."""
@@ -46,9 +62,13 @@ class AheadCompiler:
         kv_dtype: torch.dtype,
         buckets: Sequence[int],
         most_wanted: int,
+        forms: Mapping[str, Form] | None = None,
     ) -> None:
-        """For steps of `buckets` rows and up to `most_wanted` wanted ones, with caches of `kv_dtype`."""
-        self._arguments = (model, dtype, kv_dtype, buckets, most_wanted)
+        """For steps of `buckets` rows and up to `most_wanted` wanted ones, with caches of `kv_dtype`.
+
+        `forms` says how each tensor is stored, where weights are multiplied as they are stored.
+        """
+        self._arguments = (model, dtype, kv_dtype, buckets, most_wanted, forms)
         self._ready = threading.Event()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ragate-compile", daemon=True)
@@ -116,6 +136,7 @@ def _jobs(
     kv_dtype: torch.dtype,
     buckets: Sequence[int],
     most_wanted: int,
+    forms: Mapping[str, Form] | None = None,
 ) -> tuple[list[Job], list[Job]]:
     """Launches on no rows: what small steps need, and the rest; the costliest to compile come first."""
     plan = torch.zeros(HEADER, dtype=torch.int32, device=card)
@@ -164,6 +185,10 @@ def _jobs(
         (hidden, inner, False, False, False),
         (model.vocab_size, hidden, False, False, True),
     ]
+    if forms is not None:
+        shapes = shapes[-1:]
+        for key, bucket, job in _quantized_jobs(fake, none, model, buckets, forms):
+            (first if bucket <= FIRST_BUCKET else rest).setdefault(key, job)
     for bucket in buckets:
         for N, K, bias, gated, wide in shapes:
             M = min(bucket, most_wanted) if wide else bucket
@@ -204,3 +229,79 @@ def _jobs(
                 choose, workspace, logits, asked, mask, out, none, none_wanted
             )
     return list(first.values()), list(rest.values())
+
+
+def _quantized_jobs(
+    fake: Callable[..., torch.Tensor],
+    none: torch.Tensor,
+    model: ModelConfig,
+    buckets: Sequence[int],
+    forms: Mapping[str, Form],
+) -> list[tuple[object, int, Job]]:
+    """What decides the code, the bucket and the launch of each product with weights that stay as they are stored.
+
+    A zero and an offset look alike in a header: small groups, as in GGUF files, are taken to have offsets.
+    """
+    shapes = names.expected(model)
+    jobs: dict[object, tuple[object, int, Job]] = {}
+    for layer in range(model.num_layers):
+        for leaves in (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)):
+            stored = [
+                (forms.get(f"layers.{layer}.{leaf}"), shapes[f"layers.{layer}.{leaf}"]) for leaf in leaves
+            ]
+            for form, run in groupby(stored, lambda each: each[0] and replace(each[0], size=0)):
+                if form is None or form.bits not in PLANES:
+                    continue
+                sizes = [shape for _, shape in run]
+                rows, width = sum(size[0] for size in sizes), sizes[0][1]
+                if rows % 16 or width % 16 or form.group < 16:
+                    continue
+                gated, bias = leaves[0] == "gate", leaves[0] == "q" and model.qkv_bias
+                packed = _stand_in(fake, form, rows, width, gated)
+                for bucket in buckets:
+                    tile = fitting(best_quantized_tile(bucket, rows, packed.segments), packed)
+                    code = tile if bucket < UNPACK_ROWS else "unpacked"
+                    key = (
+                        "quantized",
+                        code,
+                        form,
+                        packed.segments,
+                        gated,
+                        bias,
+                        packed.columns % tile.inner == 0,
+                    )
+                    launch = partial(
+                        quantized,
+                        fake(torch.bfloat16, bucket, width),
+                        (packed,),
+                        fake(torch.bfloat16, rows) if bias else None,
+                        model.activation if gated else None,
+                        none,
+                    )
+                    jobs.setdefault(key, (key, bucket, launch))
+    return list(jobs.values())
+
+
+def _stand_in(
+    fake: Callable[..., torch.Tensor], form: Form, rows: int, width: int, gated: bool
+) -> PackedQuant:
+    """A weight [rows, width] of which no kernel will read anything."""
+    low, high = PLANES[form.bits]
+    walk = walk_of(form.bits, form.group)
+    segments = 1 if gated else segments_of(rows, width)
+    blocks = -(-width // (segments * walk.step)) * segments * walk.step // walk.block
+    words = walk.groups if form.beside or walk.groups == 1 else walk.groups // 2
+    kind = (OFFSET if form.group <= 32 else ZERO) if form.beside else 0
+    return PackedQuant(
+        fake(torch.int16, rows // 16, blocks, 256),
+        fake(torch.int16, rows // 16, blocks * high // low, 256) if high else None,
+        fake(torch.int64 if form.beside or walk.groups > 1 else torch.int32, rows // 16, 1, 8, words),
+        form.bits,
+        form.group,
+        kind,
+        width,
+        segments,
+        fake(torch.int32, 64) if segments > 1 else None,
+        None,
+        gated,
+    )

@@ -5,10 +5,10 @@ Plan: the product is computed transposed, W x^T, since the left operand of a war
 Words lie in memory as the tensor cores want their codes: 16 bytes of one thread are its share of 16 rows and some
 columns, so that no code changes its thread. Two codes are unpacked at once: shift, mask, and an exponent laid over them
 (0x4300 | q is 128 + q in bfloat16), then (q - zero) * scale or q * scale + offset, rounded once.
-Bits: one chain of 16-wide products along K, as in the plain product, whose bits these are. A weight that is long and
-narrow has too few rows to keep the card busy: its K is cut into SEGMENTS, of one chain each, that are added in their
+Bits: one chain of 16-wide products along K, as in the plain product, whose bits these are. A weight that is narrow and
+long has too few rows to keep the card busy: its K is cut into SEGMENTS, of one chain each, that are added in their
 order. What cuts it is its shape, never the number of rows of x:
-- up to 16 rows (`_few`): bound by unpacking. Every 16 rows of W have a warp of their own, or one for each segment;
+- up to 16 rows, or 32 (`_few`): bound by unpacking. Rows of W have a warp of their own, or one for each segment;
 - up to 2,047 (`_many`): programs of a tile and a segment, whose weights go from registers to the tensor cores;
 - more: the weights are unpacked first (`unpacked`), for so many rows the cheapest, and the plain product's kernel, or
   `_summed` where there are segments, does the rest.
@@ -86,7 +86,7 @@ def packable(weight: QuantTensor) -> bool:
 
 
 SEGMENTS = 4
-"""Of a long and narrow weight."""
+"""Of a narrow and long weight."""
 STEP = 128
 """K is padded to whole steps of so many columns in each segment, or of as many as share words of high bits."""
 UNPACK_ROWS = 2048
@@ -118,7 +118,7 @@ def walk_of(bits: int, group: int) -> Walk:
 
 def segments_of(out: int, width: int) -> int:
     """Into how many segments the K = `width` of a weight with `out` rows is cut."""
-    return SEGMENTS if width >= 4096 and width >= 2 * out else 1
+    return SEGMENTS if out <= 8192 and width >= 4096 else 1
 
 
 def pack_quantized(weights: list[QuantTensor], gated: bool = False) -> tuple[PackedQuant, ...] | None:
@@ -313,14 +313,14 @@ def _pair(value):
 
 @triton.jit
 def _scales(at, T: tl.constexpr, GROUPS: tl.constexpr, KIND: tl.constexpr):
-    """A set's scales and what stands beside them from `at` [T * 32, 1], bfloat16 [T * 32, GROUPS, 1, 1, 2, 1].
+    """A set's scales and what stands beside them from `at` [T * 8, 1], bfloat16 [T * 8, 1, GROUPS, 1, 1, 2, 1].
 
     Each 8 bytes are loaded by themselves and then chosen by their group: which register that is, is known in advance.
     """
-    group = tl.arange(0, GROUPS).reshape(1, GROUPS, 1, 1, 1, 1)
+    group = tl.arange(0, GROUPS).reshape(1, 1, GROUPS, 1, 1, 1, 1)
     EACH: tl.constexpr = 1 if KIND > 0 or GROUPS == 1 else 2
     for i in tl.static_range(GROUPS // EACH):
-        words = tl.load(at + i).reshape(T * 32, 1, 1, 1, 1, 1)
+        words = tl.load(at + i).reshape(T * 8, 1, 1, 1, 1, 1, 1)
         first = words.to(tl.int32)
         second = (words >> 32).to(tl.int32) if KIND > 0 or GROUPS > 1 else first
         if KIND > 0:
@@ -338,8 +338,8 @@ def _scales(at, T: tl.constexpr, GROUPS: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def _halves(pairs):
-    """bfloat16 of rows g (lower half) and 8 + g along dimension 4."""
-    h = tl.arange(0, 2).reshape(1, 1, 1, 1, 2, 1)
+    """bfloat16 of rows g (lower half) and 8 + g along dimension 5."""
+    h = tl.arange(0, 2).reshape(1, 1, 1, 1, 1, 2, 1)
     return tl.where(h == 0, pairs, pairs >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
@@ -354,12 +354,12 @@ def _weights(
     The order of dimensions is what lets the compiler leave every code in its register. Interpreted the weights stay
     float32: the interpreter neither rounds to bfloat16 nor multiplies it."""
     P: tl.constexpr = 16 // LOW
-    shape: tl.constexpr = [T * 32, GROUPS, P // GROUPS, 2, 2, 2]
-    plane = tl.arange(0, P).reshape(1, GROUPS, P // GROUPS, 1, 1, 1)
+    shape: tl.constexpr = [T * 8, 4, GROUPS, P // GROUPS, 2, 2, 2]
+    plane = tl.arange(0, P).reshape(1, 1, GROUPS, P // GROUPS, 1, 1, 1)
     right = plane * LOW
     turn = (FIRST + plane) * HIGH
-    low = tl.broadcast_to(low.reshape(T * 32, 1, 1, 2, 2, 2), shape)
-    high = tl.broadcast_to(high.reshape(T * 32, 1, 1, 2, 2, 2), shape)
+    low = tl.broadcast_to(low.reshape(T * 8, 4, 1, 1, 2, 2, 2), shape)
+    high = tl.broadcast_to(high.reshape(T * 8, 4, 1, 1, 2, 2, 2), shape)
     scale = tl.broadcast_to(scale, shape)
     beside = tl.broadcast_to(beside, shape)
     if ASM:
@@ -472,7 +472,10 @@ def _few(
     low_at = (low_at + lane * 8)[:, None] + word
     high_at = high + ((tile * S + segment) * (blocks // Q * 256) + lane * 8)[:, None] + word
     sets = tl.cdiv(S * SPAN, GROUP) if GROUPS == 1 else S * blocks
-    scale_at = scales + ((tile * (8 * sets) + lane // 4) * WORDS)[:, None]
+    line = tl.arange(0, T * 8)
+    line_segment = line // 8 % S
+    line_tile = tl.minimum(tl.program_id(0) * R + line // (8 * S), N // 16 - 1)
+    scale_at = scales + ((line_tile * (8 * sets) + line % 8) * WORDS)[:, None]
     rows = m + tl.arange(0, BM)
     ks = tl.arange(0, B)
     if S == 1:
@@ -494,7 +497,7 @@ def _few(
             elif i % Q == 0:
                 above = tl.load(high_at + (b + i) // Q * 256)
             if i % ALIKE == 0:
-                block = segment * blocks + b + i
+                block = line_segment * blocks + b + i
                 set_at = block * B // GROUP if GROUPS == 1 else block
                 scale, beside = _scales(scale_at + (set_at * (8 * WORDS))[:, None], T, GROUPS, KIND)
             w = _weights(
@@ -555,7 +558,9 @@ def _many(
     low_at = low + (tile * (S * blocks * 256) + lane * 8)[:, None] + word
     high_at = high + (tile * (S * blocks // Q * 256) + lane * 8)[:, None] + word
     sets = tl.cdiv(S * SPAN, GROUP) if GROUPS == 1 else S * blocks
-    scale_at = scales + ((tile * (8 * sets) + lane // 4) * WORDS)[:, None]
+    line = tl.arange(0, T * 8)
+    line_tile = tl.minimum(n // 16 + line // 8, N // 16 - 1)
+    scale_at = scales + ((line_tile * (8 * sets) + line % 8) * WORDS)[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
     for b in tl.range(segment * blocks, segment * blocks + blocks, BLOCKS, num_stages=STAGES):
         for i in tl.static_range(BLOCKS):
@@ -647,7 +652,9 @@ def _dense(
     low_at = low + (tile * (blocks * 256) + lane * 8)[:, None] + word
     high_at = high + (tile * (blocks // Q * 256) + lane * 8)[:, None] + word
     sets = tl.cdiv(columns, GROUP) if GROUPS == 1 else blocks
-    scale_at = scales + ((tile * (8 * sets) + lane // 4) * WORDS)[:, None]
+    line = tl.arange(0, T * 8)
+    line_tile = tl.minimum(tl.program_id(1) * T + line // 8, N // 16 - 1)
+    scale_at = scales + ((line_tile * (8 * sets) + line % 8) * WORDS)[:, None]
     rows = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = (rows < N)[:, None]
     if GATED:  # 8 of gate and 8 of up become gate 0, up 0, gate 1, up 1, ...
@@ -687,20 +694,20 @@ def unpacked(packed: PackedQuant) -> torch.Tensor:
 def best_tile(M: int, N: int, segments: int) -> Tile:
     """The tile for x [M, K] and W [N, K], by measurement on the H200: it never changes a bit."""
     wide = N > 16384
+    if M <= 16 and segments > 1:  # as many stages as leave all programs on the card at once
+        return Tile(16, 16, 128, segments, 5 if 32 * device.programs() >= N else 4, True)
     if M <= 16:
-        if segments > 1:
-            return Tile(16, 16, 128, segments, 5, True)
-        if M <= 8:
-            return Tile(8, 32, 256, 2, 4, True) if wide else Tile(8, 16, 128, 1, 4, True)
-        return Tile(16, 64, 128, 2, 6, True) if wide else Tile(16, 32, 128, 2, 4, True)
+        return Tile(8, 32, 256, 2, 4, True) if M <= 8 else Tile(16, 32, 256, 2, 3, True)
+    if M <= 32 and segments > 1:
+        return Tile(32, 32, 128, segments, 4 if 32 * device.programs() >= N else 3, True)
+    if M <= 32:
+        return Tile(32, 64, 128, 4, 4) if wide else Tile(32, 16, 128, 1, 6, True)
     if M <= 64:
-        if wide:
-            return Tile(64, 128, 128, 4, 3)
-        return Tile(32 if M <= 32 else 64, 64, 64 if segments > 1 else 128, 4, 4)
-    if M <= 256:
-        if M > 128 and (wide or segments > 1):
-            return Tile(256, 64, 64, 4, 3)
-        return Tile(128, 64, 64, 4, 3) if wide else Tile(64, 64, 128, 4, 3)
+        return Tile(64, 128 if wide else 64, 128, 4, 4)
+    if M <= 256 and not wide:
+        return Tile(128, 64, 64, 4, 4) if segments > 1 else Tile(64, 64, 128, 4, 3)
+    if M <= 512:
+        return Tile(256 if M > 128 else 128, 64, 64, 4, 3)
     return Tile(128, 128, 64, 4, 3)
 
 
