@@ -17,6 +17,12 @@ def plain(text: str) -> str:
     return _no_surrogates(text).strip()
 
 
+def plain_lines(text: str) -> str:
+    """`text` with its lines kept, each of them `plain`: for the text of an answer in a terminal."""
+    lines = _ESCAPES.sub("", text.replace("\r\n", "\n")).splitlines()
+    return "\n".join(plain(line) for line in lines).strip()
+
+
 def visible(text: str) -> str:
     """`text` with its lines kept and each control character shown as a symbol (ESC as ␛): for the page."""
     text = re.sub(r"\r\n?|[\x85\u2028\u2029]", "\n", text)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ragate.report.rows import Cell, ItemRow
+    from ragate.report.rows import ItemRow
     from ragate.run import Claim, Score
 
     Scores = Mapping[tuple[str, str], Score]
@@ -117,23 +117,26 @@ def why(row: ItemRow, scores: Scores, before: Scores | None = None) -> Why | Non
         return None
     score = scores.get((row.item.id, cell.metric))
     old = (before or {}).get((row.item.id, cell.metric))
-    return _said(cell, score.claims if score else (), old.claims if old else ())
+    claims, olds = (each.claims if each else () for each in (score, old))
+    return said(cell.metric, claims, olds, better=(cell.drop or 0.0) < 0)
 
 
-def _said(cell: Cell, claims: Sequence[Claim], old: Sequence[Claim]) -> Why | None:
-    wanted = 1 if (cell.drop or 0.0) < 0 else 0
-    if cell.metric == "answer_relevance":
+def said(
+    metric: str, claims: Sequence[Claim], old: Sequence[Claim] = (), *, better: bool = False
+) -> Why | None:
+    """What the judge said against an answer, or for it where that got `better`; `None` where it gave no reason."""
+    if metric == "answer_relevance":
         lowest = min(claims, key=lambda c: (c.verdict, c.similarity or 0.0), default=None)
-        if lowest is None or wanted:
+        if lowest is None or better:
             return None
         if lowest.verdict != 1:
-            return Why(cell.metric, "", lowest.reason or "the answer commits itself to nothing")
-        return Why(cell.metric, "", f"it would rather answer: {lowest.text}") if lowest.text else None
+            return Why(metric, "", lowest.reason or "the answer commits itself to nothing")
+        return Why(metric, "", f"it would rather answer: {lowest.text}") if lowest.text else None
     were = {_name(claim): claim.verdict for claim in old}
-    fitting = [claim for claim in claims if claim.reason and (claim.verdict == 1) == (wanted == 1)]
+    fitting = [claim for claim in claims if claim.reason and (claim.verdict == 1) == better]
     turned = [claim for claim in fitting if were.get(_name(claim), claim.verdict) != claim.verdict]
-    said = next(iter(turned or fitting), None)
-    return Why(cell.metric, _name(said), said.reason) if said else None
+    found = next(iter(turned or fitting), None)
+    return Why(metric, _name(found), found.reason) if found else None
 
 
 def _name(claim: Claim) -> str:

@@ -45,8 +45,10 @@ def _gate(run: Run, base: Run, width: int = 120) -> str:
 def test_the_gate_prints_a_row_for_each_metric_and_the_sentence_last_but_the_way_out() -> None:
     lines = _gate(worse_run(), good_run()).splitlines()
     row = next(line for line in lines if "faithfulness" in line)
-    cells = ["faithfulness", "0.931", "0.817", "−11.3 pt", "−4.7 pt", "100", "all ok", "✗ FAIL"]
-    assert re.split(r"\s{2,}", row.strip()) == cells
+    cells = ["faithfulness", "0.931", "0.817", "−11.3", "−4.7", "7.1 to 17.4", "100", "0.008", "4/0"]
+    *first, drawing, verdict = re.split(r"\s{2,}", row.strip())
+    assert (first, verdict) == (cells, "✗ FAIL")
+    assert drawing.index("│") < drawing.index("┊") < drawing.index("●")
     assert lines[-2].startswith(
         "✗ FAIL: faithfulness fell 11.3 pt (limit 4.7 pt = 5 %, 90 % interval of the drop 7.1 to 17.4 pt, p 0.008), "
         "from 0.931 to 0.817 over 100 items"
@@ -57,9 +59,12 @@ def test_the_gate_prints_a_row_for_each_metric_and_the_sentence_last_but_the_way
 @pytest.mark.parametrize("run", [worse_run(), errored_run(), good_run(fingerprint={"judge": "x"})])
 def test_no_number_is_cut_in_a_terminal_of_80_columns(run: Run) -> None:
     lines = _gate(run, good_run(), width=80).splitlines()
-    rows = [line for line in lines if re.match(r" \w+ +0\.\d{3} ", line)]
+    rows = [line for line in lines if re.match(r"\w+ +0\.\d{3} ", line)]
     assert len(rows) == 4
     assert not any("…" in row or len(row) > 80 for row in rows)
+    # nothing of the table is wrapped: a row each, under two lines of headings and a rule
+    assert [bool(line.strip()) for line in lines[:8]] == [True] * 8
+    assert not lines[8].strip()
 
 
 def test_failing_metrics_list_their_largest_drops() -> None:
@@ -97,7 +102,7 @@ def test_a_run_alone_prints_scores_and_notes() -> None:
     console = _console()
     print_run(console, partial_run(12).model_copy(update={"judge_note": "Unproven judge: tiny."}))
     text = _text(console)
-    assert re.search(r"context_recall\s+0\.\d{3}\s+6\s+all ok", text)
+    assert re.search(r"context_recall\s+0\.\d{3}\s+6\s+none", text)
     assert "PARTIAL" in text
     assert "! Unproven judge: tiny." in text
 
@@ -116,7 +121,7 @@ def test_a_diff_of_baselines_prints_means_items_and_fields() -> None:
     console = _console()
     print_baseline_diff(console, diff_baselines(old, new))
     text = _text(console)
-    assert re.search(r"m\s+0\.667\s+0\.625\s+−4\.2 pt\s+2", text)
+    assert re.search(r"m\s+0\.667\s+0\.625\s+−4\.2\s+2", text)
     assert "q000  1.00 -> 0.25" in text
     assert "q002  0.50 -> 0.75" in text
     assert "fingerprint: judge: sha256:9f2c51d0" in text
