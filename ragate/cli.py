@@ -416,6 +416,46 @@ def report(run: Path | None, path: Path | None) -> int:
     return 0
 
 
+@cli.command()
+@click.argument("first", metavar="A", type=click.Path(path_type=Path))
+@click.argument("second", metavar="B", type=click.Path(path_type=Path))
+@click.option("--items", "listed", type=int, default=20, help="Changed items that are listed; 0 is all [20].")
+@click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", help="[text].")
+def compare(first: Path, second: Path, listed: int, format_: str) -> int:
+    """Two stored runs side by side: means, and the items that changed. No verdict: that is `ragate check`."""
+    from ragate.report.compare import as_data, print_compare
+    from ragate.report.compare import compare as compared
+    from ragate.suite import load_stored
+
+    found = compared(load_stored(first), load_stored(second))
+    if format_ == "json":
+        click.echo(json.dumps(as_data(found), indent=1))
+    else:
+        print_compare(console(), found, (str(first), str(second)), max(listed, 0))
+    return 0
+
+
+@cli.command()
+@click.argument("item")
+@RUN_ARGUMENT
+@click.option(
+    "--baseline", "path", type=click.Path(path_type=Path), help="Baseline file [baselines/SUITE.json]."
+)
+@click.option("--calls", is_flag=True, help="Also each call of the judge: input, output, tokens.")
+@click.option("--full", is_flag=True, help="Long texts to their end.")
+def show(item: str, run: Path | None, path: Path | None, calls: bool, full: bool) -> int:
+    """One ITEM of a stored run: contexts, claims, verdicts, reasons, beside the baseline where there is one."""
+    from ragate.report.item import item_named, print_item
+    from ragate.suite import baseline_of_suite, load_base, run_behind
+
+    found, _, settings = stored_run(run)
+    usual = baseline_of_suite(settings, found.suite)
+    base = load_base(path or usual) if path or usual.exists() else None
+    before = run_behind(settings, base, path or usual)
+    print_item(console(), found, item_named(found, item), base, before, calls=calls, full=full)
+    return 0
+
+
 @cli.group()
 def models() -> None:
     """The judges and embedding models that ragate knows."""

@@ -13,7 +13,7 @@ import math
 import re
 from functools import lru_cache, partial
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ragate import __version__
 from ragate.gate.baseline import SAME, diff_fields, mean
@@ -23,6 +23,7 @@ from ragate.report.diff import context_changes, word_diff
 from ragate.report.rows import ItemRow, rows_of
 from ragate.report.untrusted import visible
 from ragate.report.why import CLASSES, Passages, classes_of, why
+from ragate.report.words import WORDS, words_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -45,48 +46,6 @@ QUOTED = 40
 """Characters from which a text of the item is shown once and referred to where a judge call repeats it."""
 
 TONES = {"PASS": "pass", "FAIL": "fail", "INCONCLUSIVE": "open", "INVALID": "invalid"}
-
-
-class MetricWords(NamedTuple):
-    """How a metric and its claims are spoken of."""
-
-    title: str
-    asks: str
-    yes: str
-    no: str
-    claim: str
-
-
-WORDS = {
-    "context_precision": MetricWords(
-        "Context precision",
-        "Are the useful contexts ranked first?",
-        "useful",
-        "not useful",
-        "Retrieved context",
-    ),
-    "context_recall": MetricWords(
-        "Context recall",
-        "Do the contexts cover the reference answer?",
-        "covered",
-        "not covered",
-        "Sentence of the reference",
-    ),
-    "faithfulness": MetricWords(
-        "Faithfulness",
-        "Do the contexts support what the answer says?",
-        "supported",
-        "unsupported",
-        "Statement of the answer",
-    ),
-    "answer_relevance": MetricWords(
-        "Answer relevance",
-        "Does the answer address the question?",
-        "committal",
-        "noncommittal",
-        "Question that the answer would answer",
-    ),
-}
 
 
 def render_html(
@@ -130,7 +89,7 @@ def render_html(
         "heads": {name: position for position, name in enumerate(run.prompt_heads)},
         "fingerprint": _fingerprint(run, baseline),
         "usage": usage,
-        "words": _words,
+        "words": words_of,
         "version": __version__,
         "style": style,
         "script": script,
@@ -192,11 +151,6 @@ def _part(name: str) -> Markup:
 def _csp_hash(text: str) -> str:
     """The `sha256-…` source that allows exactly this inline script or style."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _words(metric: str) -> MetricWords:
-    title = metric.replace("_", " ").capitalize()
-    return WORDS.get(metric) or MetricWords(title, "", "yes", "no", "Claim")
 
 
 def _bounds(v: MetricVerdict) -> str:
@@ -339,7 +293,7 @@ def _card(
     states["missing"] = len(run.items) - sum(states.values())
     return {
         "metric": metric,
-        "words": _words(metric),
+        "words": words_of(metric),
         "verdict": verdict.verdict if verdict else None,
         "tone": TONES[verdict.verdict] if verdict else "none",
         "score": score,
