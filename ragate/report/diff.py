@@ -78,17 +78,27 @@ def _middle(before: Sequence[str], after: Sequence[str]) -> list[Piece]:
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:
-    """Without empty pieces; a space between two changes belongs to both, so that they read as one."""
+    """Without empty pieces or two alike in a row; a space between two changes belongs to both, so they read as one."""
     found: list[Piece] = []
-    lost = added = ""
+    texts = {"same": "", "lost": "", "added": ""}
+
+    def flush(*kinds: Kind) -> None:
+        for kind in kinds:
+            if texts[kind]:
+                found.append(Piece(kind, texts[kind]))
+            texts[kind] = ""
+
     whole = [piece for piece in pieces if piece.text]
     for at, piece in enumerate(whole):
-        between = (lost or added) and piece.text.isspace() and at + 1 < len(whole)
-        if piece.kind == "same" and not between:
-            found += [Piece("lost", lost), Piece("added", added), piece]
-            lost = added = ""
+        changing = bool(texts["lost"] or texts["added"])
+        if piece.kind != "same":
+            flush("same")
+            texts[piece.kind] += piece.text
+        elif changing and piece.text.isspace() and at + 1 < len(whole):
+            texts["lost"] += piece.text
+            texts["added"] += piece.text
         else:
-            lost += piece.text if piece.kind != "added" else ""
-            added += piece.text if piece.kind != "lost" else ""
-    found += [Piece("lost", lost), Piece("added", added)]
-    return [piece for piece in found if piece.text]
+            flush("lost", "added")
+            texts["same"] += piece.text
+    flush("same", "lost", "added")
+    return found

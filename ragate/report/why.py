@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from ragate.gate.baseline import SAME
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -82,7 +84,7 @@ def classes_of(row: ItemRow, scores: Scores) -> tuple[str, ...]:
     for cell in row.cells:
         if cell.state != "ok":
             found.add("error")
-        elif (cell.drop or 0.0) >= FALLEN or (cell.value is not None and cell.value < POOR):
+        elif (cell.drop or 0.0) >= FALLEN - SAME or (cell.value is not None and cell.value < POOR):
             found.add(_class_of(cell.metric, scores.get((row.item.id, cell.metric))))
     return tuple(each.key for each in CLASSES if each.key in found)
 
