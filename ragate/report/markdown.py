@@ -1,4 +1,7 @@
-"""The pull-request comment: verdict, a table, the regressed items; every text that is not ours is escaped."""
+"""The pull-request comment: verdict, a table, the regressed items; every text that is not ours is escaped.
+
+The step summary is the same text with more room. What is escaped formats nothing, links nothing and mentions nobody.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,20 @@ from ragate.report.rows import Cell, ItemRow, rows_of
 from ragate.report.untrusted import plain
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from ragate.gate.baseline import Baseline
-    from ragate.gate.verdict import GateResult
+    from ragate.gate.verdict import GateResult, MetricVerdict
     from ragate.run import Run, Score
 
-COMMAND = re.compile(r"(`ragate [a-z ]+`)")
+COMMAND = re.compile(r"(`ragate [a-z -]+`)")
 """A command in a sentence of ours."""
 LONGEST_COMMENT = 65_536
 """Characters that GitHub takes in one comment."""
+LONGEST_SUMMARY = 2**20 // 4
+"""Characters that fit into the 1 MiB that GitHub takes as a step summary, whatever they are."""
+LONGEST_LIST = 8_000
+"""Characters of a list above the items, so that there is room for those and for the footer."""
 ALERTS = {
     "PASS": ("TIP", "✅"),
     "FAIL": ("CAUTION", "❌"),
@@ -35,18 +44,31 @@ def comment_marker(suite: str) -> str:
 
 
 def render_comment(
-    run: Run, gate: GateResult | None, baseline: Baseline | None, *, report_url: str | None = None
+    run: Run,
+    gate: GateResult | None,
+    baseline: Baseline | None,
+    timings: Mapping[str, object] | None = None,
+    *,
+    report_url: str | None = None,
+    commit: str | None = None,
+    notes: Sequence[str] = (),
+    longest: int = LONGEST_COMMENT,
 ) -> str:
-    """The comment, at most `LONGEST_COMMENT` characters: items are left out until it fits, and it says so."""
+    """The comment, at most `longest` characters: items are left out until it fits, and it says so.
+
+    `timings` is what `timings.json` beside the run holds; `commit` is the one that was judged; `notes` are sentences
+    of the caller that stand below the verdict.
+    """
     rows = rows_of(run, baseline)
     regressed = [row for row in rows if row.change == "regressed"]
     errored = [row for row in rows if row.errored and row.change != "regressed"]
-    before = [*_opening(run, gate, baseline), *_table(run, gate, baseline)]
-    after = _footer(run, gate, baseline, report_url)
-    room = LONGEST_COMMENT - len("\n".join([*before, *after])) - 2
+    before = [*_opening(run, gate, baseline, notes), *_table(run, gate, baseline), *_power(gate)]
+    after = _footer(run, gate, baseline, timings or {}, commit, report_url)
+    room = longest - len("\n".join([*before, *after])) - 2
+    more = f"[the full report]({report_url})" if _is_link(report_url) else "the report"
     items = []
     for title, listed in (("regressed", regressed), ("without a score", errored)):
-        lines = _items(run, title, listed, room - 2)
+        lines = _items(run, title, listed, room - 2, more)
         items += lines
         room -= len("\n".join(lines)) + 1
     return "\n".join([*before, *items, *after]) + "\n"
@@ -60,10 +82,13 @@ def escape(text: str, longest: int = 400) -> str:
     text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
     # what GitHub links by itself: mentions, issues and addresses; a zero-width space keeps it from matching
     text = re.sub(r"([@#])", r"\1&#8203;", text).replace("://", ":&#8203;//")
+    text = re.sub(r":(?=[\w+-]+:)", ":&#8203;", text)  # :emoji:
+    # what would begin a list, a rule or a heading where the line begins with it
+    text = re.sub(r"^([-+=]|\d+(?=[.)]))", lambda m: f"\\{m[0]}" if m[0] in "-+=" else f"{m[0]}&#8203;", text)
     return re.sub(r"(?i)\b(www(?=\.)|GH-(?=\d))", r"\1&#8203;", text)
 
 
-def _opening(run: Run, gate: GateResult | None, baseline: Baseline | None) -> list[str]:
+def _opening(run: Run, gate: GateResult | None, baseline: Baseline | None, notes: Sequence[str]) -> list[str]:
     word = gate.verdict if gate else "NO VERDICT" if baseline else "NO BASELINE"
     alert, icon = ALERTS[word]
     if gate is not None:
@@ -81,49 +106,100 @@ def _opening(run: Run, gate: GateResult | None, baseline: Baseline | None) -> li
     if run.judge_note:
         lines += [">", f"> ⚠️ {escape(run.judge_note)}"]
     if gate is not None and len(gate.reasons) > 1:
-        lines += [">", *(f"> - {_prose(reason)}" for reason in gate.reasons[:20])]
+        lines += [">", *_bounded([f"> - {_prose(reason)}" for reason in gate.reasons], "> - …")]
+    # what the verdict's own sentence says already is not said twice
+    said = [w for w in gate.warnings if w not in gate.sentence] if gate else []
+    listed = [f"> - ⚠️ {_prose(text)}" for text in (*notes, *said)]
+    if gate is not None and gate.drift is not None:
+        drift = gate.drift.sentence
+        if drift.partition(": ")[2] not in gate.sentence:
+            listed.append(f"> - against the release: {_prose(drift, 1200)}")
+    if listed:
+        lines += [">", *_bounded(listed, "> - …")]
     return [*lines, ""]
 
 
+def _bounded(lines: list[str], last: str) -> list[str]:
+    """As many of `lines` as fit into a list above the items; `last` says how many more there are."""
+    room = LONGEST_LIST
+    kept: list[str] = []
+    for line in lines:
+        room -= len(line) + 1
+        if room < 0:
+            return [*kept, f"{last} and {len(lines) - len(kept)} more in the report"]
+        kept.append(line)
+    return kept
+
+
 def _table(run: Run, gate: GateResult | None, baseline: Baseline | None) -> list[str]:
-    lines = ["| metric | base | head | delta | limit | items | verdict |", "|:--|--:|--:|--:|--:|--:|:--|"]
+    """A row a metric: those of the run, then those that only the baseline or a floor has."""
+    names = ("metric", "base", "head", "delta (90 % interval)", "limit", "p", "items", "verdict")
+    lines = [f"| {' | '.join(names)} |", "|:--|--:|--:|--:|--:|--:|--:|:--|"]
     verdicts = {v.metric: v for v in gate.metrics} if gate else {}
-    for metric in run.metrics:
+    metrics = list(dict.fromkeys((*run.metrics, *verdicts)))
+    rows = []
+    for metric in metrics:
         verdict = verdicts.get(metric)
         if verdict is not None and verdict.paired:
-            base, head, limit = verdict.base_mean, verdict.head_mean, verdict.limit
+            base, head = verdict.base_mean, verdict.head_mean
         else:
-            base, head, limit = baseline.mean(metric) if baseline else None, run.mean(metric), None
+            base, head = baseline.mean(metric) if baseline else None, run.mean(metric)
         states = {state: n for state, n in run.states(metric).items() if state != "ok"}
         counted = "".join(f", {n} {state}" for state, n in sorted(states.items()))
+        limit = verdict.limit if verdict else None
         cells = [
             escape(metric, 60),
             "–" if base is None else f"{base:.3f}",
             "–" if head is None else f"**{head:.3f}**",
-            "–" if base is None or head is None else _signed(base - head),
-            "–" if limit is None else f"−{points(limit)}",
+            "–" if base is None or head is None else _signed(base - head) + _interval(verdict),
+            "–" if limit is None else f"−{points(limit)}{_floor(verdict)}",
+            "–" if verdict is None or verdict.p is None or not verdict.drop else _p(verdict.p),
             f"{run.states(metric).get('ok', 0)}{counted}",
             f"{ICONS[verdict.verdict]} {verdict.verdict}" if verdict else "–",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
+        rows.append(f"| {' | '.join(cells)} |")
+    return [*lines, *_bounded(rows, "| …"), ""]
 
 
-def _items(run: Run, title: str, rows: list[ItemRow], room: int) -> list[str]:
+def _interval(verdict: MetricVerdict | None) -> str:
+    """The bounds of the change, lower first; nothing where nothing changed."""
+    if verdict is None or verdict.lower is None or verdict.upper is None or verdict.drop is None:
+        return ""
+    low, high = (-100 * bound or 0.0 for bound in (verdict.upper, verdict.lower))
+    return f" ({low:+.1f} to {high:+.1f})".replace("-", "−") if low or high else ""
+
+
+def _floor(verdict: MetricVerdict | None) -> str:
+    return "" if verdict is None or verdict.floor is None else f", floor {verdict.floor:g}"
+
+
+def _power(gate: GateResult | None) -> list[str]:
+    """How small a drop this run could show, and how many items a drop of the limit takes."""
+    parts = []
+    for v in gate.metrics if gate is not None and gate.verdict != "INVALID" else ():
+        if not v.detectable or v.items_needed is None or v.limit is None:
+            continue
+        true = "" if v.detectable_true is None else f", {points(v.detectable_true)} true by this judge"
+        needed = f"{points(v.limit)} takes {v.items_needed} items"
+        parts.append(f"{escape(v.metric, 60)} {points(v.detectable)}{true} ({needed})")
+    return [f"<sub>Drop that this run shows reliably: {'; '.join(parts[:20])}</sub>", ""] if parts else []
+
+
+def _items(run: Run, title: str, rows: list[ItemRow], room: int, more: str) -> list[str]:
     """A folded list that fits into `room` characters, or nothing."""
     if not rows:
         return []
     scores = {(s.item, s.metric): s for s in run.scores}
     noun = "item" if len(rows) == 1 else "items"
     head = ["<details>", f"<summary>{len(rows)} {noun} {title}</summary>", ""]
-    left_out = f"- … and {len(rows)} more in the report"
+    left_out = f"- … and {len(rows)} more, left out because a comment may be only so long: see {more}"
     tail = ["", "</details>", ""]
     room -= len("\n".join([*head, left_out, *tail]))
     lines: list[str] = []
     for row in rows:
         line = _item(row, scores)
         if len(line) + 1 > room:
-            lines.append(f"- … and {len(rows) - len(lines)} more in the report")
+            lines.append(left_out.replace(str(len(rows)), str(len(rows) - len(lines)), 1))
             break
         lines.append(line)
         room -= len(line) + 1
@@ -159,20 +235,39 @@ def _reason(cell: Cell, score: Score | None) -> str:
 
 
 def _footer(
-    run: Run, gate: GateResult | None, baseline: Baseline | None, report_url: str | None
+    run: Run,
+    gate: GateResult | None,
+    baseline: Baseline | None,
+    timings: Mapping[str, object],
+    commit: str | None,
+    report_url: str | None,
 ) -> list[str]:
     parts = [f"judge {escape(run.judge, 80)}", f"fingerprint {run.fingerprint_id}", f"{len(run.items)} items"]
+    seconds = timings.get("seconds")
+    total = seconds.get("total") if isinstance(seconds, dict) else None
+    if isinstance(total, int | float):
+        parts.append(f"{total:,.0f} s")
+    sent, computed = timings.get("prompt_tokens_sent"), timings.get("prompt_tokens_computed")
+    if isinstance(sent, int) and isinstance(computed, int) and 0 <= computed <= sent and sent > 0:
+        parts.append(f"{(sent - computed) / sent * 100:.0f} % of the prompt tokens from the cache")
+    if commit is not None:
+        parts.append(f"of commit {escape(commit[:10])}")
     if baseline is not None:
-        commit = f"{escape(baseline.commit[:10])}, " if baseline.commit else ""
-        parts.append(f"baseline {commit}{baseline.date:%Y-%m-%d %H:%M} UTC")
+        made_at = f"{escape(baseline.commit[:10])}, " if baseline.commit else ""
+        parts.append(f"baseline {made_at}{baseline.date:%Y-%m-%d %H:%M} UTC")
     lines = [f"<sub>{' · '.join(parts)}</sub>", ""]
-    if report_url is not None and re.fullmatch(r"https?://[^\s()<>\"'`\\]+", report_url):
+    if _is_link(report_url):
         lines += [f"[Full report]({report_url})", ""]
     if gate is not None and gate.way_out:
         lines.append(f"{_capital(_prose(gate.way_out))}.")
     elif baseline is None:
         lines.append("`ragate baseline set` makes this run the baseline; commit the file it writes.")
     return lines
+
+
+def _is_link(url: str | None) -> bool:
+    """Whether `url` is a plain web address: nothing that ends the Markdown link it is put into."""
+    return url is not None and re.fullmatch(r"https?://[^\s()<>\"'`\\\[\]]{1,2000}", url) is not None
 
 
 def _prose(text: str, longest: int = 400) -> str:
@@ -188,6 +283,11 @@ def _keep_ends(text: str) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def _p(p: float) -> str:
+    """p as it is printed, three digits where they matter; for Markdown."""
+    return "&lt; 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
 def _signed(drop: float) -> str:

@@ -29,6 +29,11 @@ def visible(text: str) -> str:
     return _no_surrogates(_CONTROLS.sub(_picture, text))
 
 
+def xml_text(text: str) -> str:
+    """`visible` without the two characters that XML does not know."""
+    return visible(text).replace("\ufffe", "\ufffd").replace("\uffff", "\ufffd")
+
+
 def _picture(match: re.Match[str]) -> str:
     code = ord(match.group())
     return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
