@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 EXIT_BROKEN_PIPE = 141
 """What a shell reports of a program that SIGPIPE ended."""
-FORMATS = click.Choice(["text", "json", "markdown"])
+FORMATS = click.Choice(["text", "json", "markdown", "junit", "github"])
 METRICS = "context_precision,context_recall,faithfulness,answer_relevance"
 
 
@@ -112,8 +112,11 @@ def settings_of(flags: dict[str, Any]) -> Settings:
 @click.option("--update-baseline", is_flag=True, help="Make this run the baseline, whatever the verdict.")
 @click.option("--force", is_flag=True, help="With --update-baseline: even if it loses metrics.")
 @click.option("--format", "format_", type=FORMATS, default="text", help="What goes to stdout.")
+@click.option("--dry-run", is_flag=True, help="Only say how many calls, tokens and seconds it would take.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
-def eval_(update_baseline: bool, force: bool, format_: str, quiet: bool, **flags: Any) -> int:
+def eval_(
+    update_baseline: bool, force: bool, format_: str, dry_run: bool, quiet: bool, **flags: Any
+) -> int:
     """Score a test set, compare with the baseline, write the reports. Resumes by itself.
 
     Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE (0 where it only warns), 3 INVALID (or no baseline), 4 bad input,
@@ -131,6 +134,8 @@ def eval_(update_baseline: bool, force: bool, format_: str, quiet: bool, **flags
     )
 
     settings = settings_of(flags)
+    if dry_run:
+        return show_forecast(settings, update_baseline, format_)
     progress = Progress(console(stderr=True), quiet=quiet)
     try:
         with progress:
@@ -158,7 +163,7 @@ def eval_(update_baseline: bool, force: bool, format_: str, quiet: bool, **flags
         if update_baseline:
             out.print(f"wrote {outcome.baseline_path}: this run is the baseline now", markup=False)
     else:
-        show_machine(outcome.run, gate, baseline, format_)
+        show_machine(outcome.run, gate, baseline, format_, outcome.written[0].parent, outcome.timings)
     if gate is None:
         click.echo(
             f"INVALID: no baseline at {outcome.baseline_path} to compare with; "
@@ -167,6 +172,24 @@ def eval_(update_baseline: bool, force: bool, format_: str, quiet: bool, **flags
         )
         return EXIT_INVALID
     return gate.exit_code
+
+
+def show_forecast(settings: Settings, update: bool, format_: str) -> int:
+    """What an evaluation would take; exit code 0, since nothing was gated."""
+    from dataclasses import asdict
+
+    from ragate.forecast import forecast, lines_of
+
+    found = forecast(settings, update=update)
+    if format_ == "json":
+        click.echo(json.dumps(asdict(found), indent=1))
+        return 0
+    for name, text in lines_of(found):
+        click.echo(f"{name:11} {plain(text)}")
+    for note in found.notes:
+        click.echo(f"            {plain(note)}")
+    click.echo("nothing was judged; what the journal holds already would cost nothing")
+    return 0
 
 
 def show_run(run: Run, gate: GateResult | None, baseline: Baseline | None) -> None:
@@ -185,12 +208,34 @@ def show_run(run: Run, gate: GateResult | None, baseline: Baseline | None) -> No
         console().print(f"baseline {plain(age)}", style="dim", markup=False)
 
 
-def show_machine(run: Run, gate: GateResult | None, baseline: Any, format_: str) -> None:
-    """The verdict for a program: JSON, or the Markdown of the PR comment."""
+def show_machine(
+    run: Run,
+    gate: GateResult | None,
+    baseline: Baseline | None,
+    format_: str,
+    folder: Path,
+    timings: dict[str, object] | None,
+) -> None:
+    """The verdict for a program: JSON, JUnit, the Markdown of the PR comment, or what a step of GitHub Actions gives:
+    annotations on stdout, its summary and its outputs."""
     if format_ == "markdown":
         from ragate.report.markdown import render_comment
 
-        click.echo(render_comment(run, gate, baseline))
+        click.echo(render_comment(run, gate, baseline, timings))
+        return
+    if format_ == "junit":
+        from ragate.report.annotations import file_of
+        from ragate.report.junit import render_junit
+
+        click.echo(render_junit(run, gate, baseline, file_of(run)), nl=False)
+        return
+    if format_ == "github":
+        from ragate.github import write_step_files
+        from ragate.report.annotations import render_annotations
+
+        write_step_files(os.environ, run, gate, baseline, timings, folder)
+        workspace = os.environ.get("GITHUB_WORKSPACE")
+        click.echo(render_annotations(run, gate, baseline, Path(workspace) if workspace else None), nl=False)
         return
     means = {metric: run.mean(metric) for metric in run.metrics}
     result: dict[str, Any] = {
@@ -222,7 +267,7 @@ def check(
 
     Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE (0 where it only warns), 3 INVALID.
     """
-    from ragate.suite import load_base, load_release, load_stored, verdict_of
+    from ragate.suite import load_base, load_release, load_stored, load_timings, verdict_of
 
     named = [path for path in (base, current) if path is not None]
     if len(named) + len(paths) != 2 or (named and paths):
@@ -236,7 +281,8 @@ def check(
     if format_ == "text":
         show_run(run, gate, baseline)
     else:
-        show_machine(run, gate, baseline, format_)
+        folder = second if second.is_dir() else second.parent
+        show_machine(run, gate, baseline, format_, folder, load_timings(folder))
     return gate.exit_code
 
 
@@ -395,7 +441,7 @@ def baseline_diff(run: Path | None, path: Path | None) -> int:
     "--baseline", "path", type=click.Path(path_type=Path), help="Baseline file [baselines/SUITE.json]."
 )
 def report(run: Path | None, path: Path | None) -> int:
-    """Make report.html and comment.md again from a stored run; needs no model."""
+    """Make report.html, comment.md, junit.xml and badge.svg again from a stored run; needs no model."""
     from ragate.suite import (
         baseline_of_suite,
         load_base,
@@ -453,6 +499,34 @@ def show(item: str, run: Path | None, path: Path | None, calls: bool, full: bool
     base = load_base(path or usual) if path or usual.exists() else None
     before = run_behind(settings, base, path or usual)
     print_item(console(), found, item_named(found, item), base, before, calls=calls, full=full)
+    return 0
+
+
+@cli.command()
+@RUN_ARGUMENT
+@click.option("--report-url", help="Address of the full report [the page of the workflow run].")
+@click.option(
+    "--artifact", type=click.Path(path_type=Path), help="Comment for a fork, from what its run left in this folder."
+)
+def comment(run: Path | None, report_url: str | None, artifact: Path | None) -> int:
+    """Write a run's verdict as the one comment on its pull request (GitHub Actions; token in GITHUB_TOKEN).
+
+    A token that may not comment, as in a fork's run, is no error: it says so and exits 0. With --artifact, in a
+    job of `workflow_run`, nothing of the artefact is trusted: verdict and comment are made anew from its scores.
+    """
+    from ragate.github import load_verdict, post_artifact, post_run
+    from ragate.suite import load_timings, trusted_baseline, verdict_by
+
+    if artifact is not None:
+        if run is not None or report_url is not None:
+            raise click.UsageError("--artifact stands alone: the run is in it")
+        settings = settings_of({})
+        done = post_artifact(os.environ, artifact, verdict_by(settings), trusted_baseline(settings))
+    else:
+        found, folder, _ = stored_run(run)
+        gate, base = load_verdict(folder)
+        done = post_run(os.environ, found, gate, base, load_timings(folder), report_url)
+    click.echo(plain(done))
     return 0
 
 
@@ -612,16 +686,22 @@ def doctor(**flags: Any) -> int:
 
 
 @cli.command()
+@click.option("--yes", "-y", is_flag=True, help="Ask nothing: take the defaults.")
 @click.option("--force", is_flag=True, help="Overwrite files that are there.")
-def init(force: bool) -> int:
-    """Write ragate.toml and a GitHub workflow into this repository."""
-    from ragate.init import write_init
+def init(yes: bool, force: bool) -> int:
+    """Write ragate.toml and the GitHub workflows that gate pull requests into this repository.
 
-    for path in write_init(Path.cwd(), force=force):
+    Asks what differs from the defaults, unless there is no terminal to ask in.
+    """
+    from ragate.init import NEXT, QUESTIONS, default_answers, write_init
+
+    answers = default_answers(Path.cwd())
+    if not yes and sys.stdin.isatty():
+        for key, question in QUESTIONS.items():
+            answers[key] = click.prompt(question, default=answers[key])
+    for path in write_init(Path.cwd(), answers, force=force):
         click.echo(f"wrote {path}")
-    click.echo(
-        "next: put your test cases where ragate.toml says, then `ragate eval` and `ragate baseline set`"
-    )
+    click.echo(NEXT)
     return 0
 
 

@@ -68,6 +68,13 @@ class Event:
     calls_total: int = 0
     message: str = ""
     """What `warning` warns of."""
+    calls_computed: int = 0
+    """Calls that were neither in the journal nor asked before."""
+    tokens_in: int = 0
+    """Prompt tokens that the engine was sent; 0 where no engine of ours judges."""
+    tokens_cached: int = 0
+    """Of those, taken from the prefix cache."""
+    tokens_out: int = 0
 
 
 class Timings(Frozen):
@@ -248,6 +255,7 @@ class _Evaluation:
         self.scorers = {metric.name: metric.scorer(judge, embeddings) for metric in metrics}
         self.calls_before = judge.calls_done
         self.computed_before = set(judge.call_ms)
+        self.usage_before = judge.usage()
         self.embed_before = embeddings.seconds if embeddings else 0.0
         self.contexts: dict[str, int] = {}
         """Item id -> number of contexts, as the answers come."""
@@ -286,6 +294,11 @@ class _Evaluation:
 
     def emit(self, kind: EventKind, message: str = "") -> None:
         """Tell how far we are."""
+        engine = self.judge.usage()
+
+        def used(name: str) -> int:
+            return int(engine.get(name, 0) - self.usage_before.get(name, 0))
+
         event = Event(
             kind,
             items_total=len(self.items),
@@ -295,6 +308,10 @@ class _Evaluation:
             calls_done=self.judge.calls_done - self.calls_before,
             calls_total=self._calls_total(),
             message=message,
+            calls_computed=len(self.judge.call_ms) - len(self.computed_before),
+            tokens_in=used("prompt_tokens"),
+            tokens_cached=used("prompt_tokens_cached"),
+            tokens_out=used("tokens_out"),
         )
         self.on_event(event)
 
