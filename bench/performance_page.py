@@ -18,6 +18,13 @@ PAGE = RESULTS.parent.parent / "docs" / "performance.md"
 CARD = "h200"
 MODELS = {"135m": "SmolLM2-135M", "1.5b": "Qwen2.5-1.5B", "8b": "Llama-3-8B"}
 """Shapes by the names of result files, as the page calls them."""
+QUANTIZED = {
+    "8b-int4": "Llama-3-8B, int4 in groups of 128",
+    "8b-q4_k_m": "Llama-3-8B, Q4_K_M",
+    "8b-q6_k": "Llama-3-8B, Q6_K",
+    "8b-q8_0": "Llama-3-8B, Q8_0",
+}
+"""The same with weights that stay packed."""
 PHASES = {"python": "python", "imports": "imports", "load": "weights, memory", "first_token": "first token"}
 
 
@@ -32,6 +39,7 @@ def main(results: Path = RESULTS, page: Path = PAGE) -> None:
     sections = [
         _head(found),
         _against_the_peer(found),
+        _packed(found),
         _roofline(found, figures),
         _same_bits(found),
         _cost(found),
@@ -63,11 +71,13 @@ class Results:
             return self.files[path.name]
 
         def of_models(kind: str) -> dict[str, dict[str, Any]]:
-            named = {model: read(f"{kind}-{CARD}-{model}") for model in MODELS}
+            named = {model: read(f"{kind}-{CARD}-{model}") for model in MODELS | QUANTIZED}
             return {model: result for model, result in named.items() if result is not None}
 
         self.limits = read(f"limits-{CARD}")
-        self.engine = of_models("engine")
+        engine = of_models("engine")
+        self.engine = {model: result for model, result in engine.items() if model in MODELS}
+        self.packed = {model: result for model, result in engine.items() if model in QUANTIZED}
         self.invariance = of_models("invariance")
         self.cost = read(f"invariance-cost-{CARD}")
         self.repeated = read(f"repeat-eval-{CARD}-qwen-1.5b")
@@ -184,6 +194,47 @@ def _row(cells: list[str], point: dict[str, Any], rival: object) -> str:
     return "| " + " | ".join([*cells, limit]) + " |"
 
 
+def _packed(found: Results) -> list[str]:
+    if not found.packed:
+        return []
+    rival = peer.committed("8b-awq")
+    plain = found.engine.get("8b")
+    columns: list[tuple[str, dict[str, str]]] = []
+    for model, result in found.packed.items():
+        cells = {
+            label: f"{point['tok_s']:,.0f} ({point['of_limit']:.0%})" for label, point in _points(result)
+        }
+        if "judge" in result:
+            cells["judge workload"] = " / ".join(f"{s:.2f}" for s in result["judge"]["seconds"]) + " s"
+        columns.append((QUANTIZED[model].removeprefix("Llama-3-8B, "), cells))
+    if plain:
+        cells = {label: f"{point['tok_s']:,.0f}" for label, point in _points(plain)}
+        if "judge" in plain:
+            cells["judge workload"] = " / ".join(f"{s:.2f}" for s in plain["judge"]["seconds"]) + " s"
+        columns.append(("bfloat16", cells))
+    if rival:
+        cells = {f"decode, batch {batch}": f"{rate:,.0f}" for batch, rate in rival.decode_tok_s.items()}
+        cells["judge workload"] = " / ".join(f"{s:.2f}" for s in rival.judge_s) + " s"
+        cells |= {
+            label: f"{rival.prefill_tok_s:,.0f}" for label in columns[0][1] if label.startswith("prefill")
+        }
+        columns.append((f"{rival.name}, AWQ", cells))
+    out = [
+        "## Quantized weights that stay packed",
+        "",
+        *_paragraph(
+            'Llama-3-8B shapes with `weights = "packed"`: tokens a second, and the share of the roofline where the '
+            "packed bytes are what must move. bfloat16 was measured in another session"
+            + (f", and so was {rival.name} ({rival.origin})." if rival else ".")
+        ),
+        "| | " + " | ".join(name for name, _ in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for label in columns[0][1]:
+        out.append(f"| {label} | " + " | ".join(cells.get(label, "-") for _, cells in columns) + " |")
+    return [*out, ""]
+
+
 def _roofline(found: Results, figures: Figures) -> list[str]:
     points: list[plots.Point] = []
     for model, result in found.engine.items():
@@ -220,7 +271,7 @@ def _same_bits(found: Results) -> list[str]:
             "in a batch of 256 with chunks of 2,048 and a cold cache (`bench/invariance.py`). Qwen2.5-1.5B has its own "
             "weights here, Q4_K_M."
         ),
-        "| setting | " + " | ".join(MODELS[model] for model in models) + " |",
+        "| setting | " + " | ".join((MODELS | QUANTIZED)[model] for model in models) + " |",
         "|---|" + "---|" * len(models),
     ]
     settings = [row["setting"] for row in found.invariance[models[0]]["settings"]][1:]

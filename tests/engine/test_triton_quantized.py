@@ -120,6 +120,10 @@ def test_segments_are_added(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None
             found = product(x, packed, None, True, None, None, tile=tile)
             assert torch.allclose(found.double(), expected, atol=1e-3), tile
     assert packed.done is not None and not packed.done.any()
+    with pytest.raises(ValueError, match="too small"):
+        product(
+            torch.zeros(2000, 1280).bfloat16(), packed, None, True, None, None, tile=Tile(16, 64, 64, 4, 2)
+        )
 
 
 @interpreted

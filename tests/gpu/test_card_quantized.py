@@ -54,7 +54,10 @@ FORCED = [
 def tiles(segments: int) -> list[Tile]:
     """Those that `best_tile` gives, and more."""
     given = [best_tile(rows, out, segments) for rows in ROWS for out in (576, 28672)]
-    more = [tile for tile in FORCED if segments == 1 or not tile.few]
+    given = [
+        tile for tile in given if segments == 1 or tile.few or tile.rows >= 64
+    ]  # fewer rows take more counts
+    more = [tile for tile in FORCED if segments == 1 or tile.rows >= 64]
     return list(dict.fromkeys([*given, *more]))
 
 

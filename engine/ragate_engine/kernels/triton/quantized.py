@@ -776,7 +776,11 @@ def product(
         )
     else:
         sums = y
-        if S > 1:
+        if packed.done is not None:
+            if tiles_m * tiles_n > len(packed.done):
+                raise ValueError(
+                    f"tiles of {tile.rows} x {tile.columns} are too small for a weight in segments"
+                )
             sums = torch.empty(
                 tiles_m * tiles_n * tile.rows * tile.columns, dtype=torch.float32, device=y.device
             )
