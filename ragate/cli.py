@@ -114,9 +114,7 @@ def settings_of(flags: dict[str, Any]) -> Settings:
 @click.option("--format", "format_", type=FORMATS, default="text", help="What goes to stdout.")
 @click.option("--dry-run", is_flag=True, help="Only say how many calls, tokens and seconds it would take.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
-def eval_(
-    update_baseline: bool, force: bool, format_: str, dry_run: bool, quiet: bool, **flags: Any
-) -> int:
+def eval_(update_baseline: bool, force: bool, format_: str, dry_run: bool, quiet: bool, **flags: Any) -> int:
     """Score a test set, compare with the baseline, write the reports. Resumes by itself.
 
     Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE (0 where it only warns), 3 INVALID (or no baseline), 4 bad input,
@@ -506,7 +504,9 @@ def show(item: str, run: Path | None, path: Path | None, calls: bool, full: bool
 @RUN_ARGUMENT
 @click.option("--report-url", help="Address of the full report [the page of the workflow run].")
 @click.option(
-    "--artifact", type=click.Path(path_type=Path), help="Comment for a fork, from what its run left in this folder."
+    "--artifact",
+    type=click.Path(path_type=Path),
+    help="Comment for a fork, from what its run left in this folder.",
 )
 def comment(run: Path | None, report_url: str | None, artifact: Path | None) -> int:
     """Write a run's verdict as the one comment on its pull request (GitHub Actions; token in GITHUB_TOKEN).

@@ -299,7 +299,7 @@ def write_step_files(
         "verdict": gate.verdict if gate else "INVALID",
         "exit-code": str(gate.exit_code if gate else EXIT_INVALID),
         "sentence": plain(gate.sentence) if gate else "INVALID: no baseline to compare with",
-        "folder": plain(str(folder)),
+        "folder": plain(folder.resolve().as_posix()),
     }
     texts = {
         "GITHUB_STEP_SUMMARY": summary,

@@ -1,8 +1,9 @@
-"""What `ragate init` writes into a repository: ragate.toml and the GitHub workflow that runs the gate."""
+"""What `ragate init` writes into a repository: ragate.toml, and the GitHub action and workflows that run the gate."""
 
 from __future__ import annotations
 
 import json
+from importlib import metadata, resources
 from typing import TYPE_CHECKING
 
 from ragate import __version__
@@ -10,10 +11,31 @@ from ragate.errors import ConfigError
 from ragate.files import write_whole
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 SETTINGS_FILE = "ragate.toml"
-WORKFLOW_FILE = ".github/workflows/rag-gate.yml"
+CI_FILES = {
+    "action.yml": ".github/actions/ragate/action.yml",
+    "rag-gate.yml": ".github/workflows/rag-gate.yml",
+    "rag-gate-comment.yml": ".github/workflows/rag-gate-comment.yml",
+}
+"""Template in ragate/ci -> where it goes."""
+PINNED = ("pydantic",)
+"""Packages beside ragate whose version stands in the fingerprint: with another one a baseline is INVALID."""
+COMMENT_PACKAGES = ("click", "httpx", "numpy", "platformdirs", "pydantic", "rich", "scipy")
+"""All that `ragate comment` imports: the job that comments for forks needs no judge and no torch."""
+QUESTIONS = {
+    "testset": "Test cases (a file, a folder, or datasets:NAME)",
+    "target": "What answers the questions (stored, module:callable, a URL, cmd:...)",
+    "judge": "The model that judges (`ragate models list`)",
+    "threshold": "The drop of a metric that fails, as a share of its baseline",
+}
+"""Setting -> what `ragate init` asks."""
+NEXT = """\
+next: put your test cases where ragate.toml says, and commit what was written
+      `ragate eval`, then `ragate baseline set` and commit baselines/; or let CI make the baseline: start the workflow
+      "RAG gate" by hand with update-baseline and commit the baseline.json of its artifact"""
 
 SETTINGS = """\
 # Settings of ragate; bare `ragate eval` reads them. A flag (--threshold 0.03) or a variable
@@ -27,7 +49,7 @@ SETTINGS = """\
 testset = TESTSET
 
 # What answers the questions: "stored" (the test set has the answers), "module:callable", a URL, "cmd:…".
-target = "stored"
+target = TARGET
 # target_timeout = 600
 
 # Which of the four to score.
@@ -35,12 +57,12 @@ metrics = ["context_precision", "context_recall", "faithfulness", "answer_releva
 
 # The model that judges: "auto" picks by device; `ragate models list` shows the others; a .gguf file or a URL.
 # Scores of different judges cannot be compared: name one here to have the same on every machine.
-judge = "auto"
+judge = JUDGE
 # embeddings = "all-minilm-l6-v2"
 
 # A metric that falls by this much fails the gate: 5 % of the baseline's mean, or points when absolute.
 # A drop that chance may have made is INCONCLUSIVE; strategy = "point" looks at the mean drop alone.
-threshold = 0.05
+threshold = THRESHOLD
 threshold_mode = "relative"
 # strategy = "significant"
 # What INCONCLUSIVE does: "fail", "warn", or "auto": fail where a mean fell by its limit.
@@ -77,91 +99,56 @@ threshold_mode = "relative"
 # min = 0.8
 """
 
-WORKFLOW = """\
-# Written by `ragate init`: judges every pull request against the baseline that is committed in baselines/.
-# The first time: run it by hand, download run.json from the artifact, `ragate baseline set run.json`, commit.
-# A baseline made on another machine may differ in its fingerprint; the gate then says INVALID and why.
-name: RAG gate
 
-on:
-  pull_request:
-  workflow_dispatch:
-
-# The job only reads the code: it posts nothing, so it needs no more than this, also for forks.
-permissions:
-  contents: read
-
-concurrency:
-  group: rag-gate-${{ github.ref }}
-  cancel-in-progress: true
-
-jobs:
-  rag-gate:
-    runs-on: ubuntu-latest
-    timeout-minutes: 60
-    env:
-      # one version for everybody: another may ask the judge differently
-      RAGATE_VERSION: "VERSION"
-    steps:
-      - uses: actions/checkout@v5
-        with:
-          persist-credentials: false
-
-      - uses: actions/setup-python@v6
-        with:
-          python-version: "3.12"
-
-      - name: Install ragate
-        run: |
-          python -m pip install torch --index-url https://download.pytorch.org/whl/cpu
-          python -m pip install "ragate==${RAGATE_VERSION}"
-          # install here what your own system needs, if ragate.toml names a target
-
-      - name: Cache the models
-        uses: actions/cache@v4
-        with:
-          path: ~/.cache/ragate/models
-          key: ragate-models-${{ runner.os }}-${{ env.RAGATE_VERSION }}
-
-      # exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 INVALID or no baseline, 4 bad input
-      - name: Evaluate and gate
-        run: ragate eval --quiet
-
-      - name: Show the result
-        if: ${{ !cancelled() }}
-        run: cat .ragate/*/comment.md >> "$GITHUB_STEP_SUMMARY" || true
-
-      - name: Keep the report
-        if: ${{ !cancelled() }}
-        uses: actions/upload-artifact@v5
-        with:
-          name: rag-gate
-          path: |
-            .ragate/*/report.html
-            .ragate/*/comment.md
-            .ragate/*/run.json
-            .ragate/*/timings.json
-          # .ragate begins with a dot
-          include-hidden-files: true
-          if-no-files-found: ignore
-"""
+def default_answers(folder: Path) -> dict[str, str]:
+    """What is written where nobody is asked: a test set that is found in `folder` is named."""
+    return {"testset": _find_testset(folder), "target": "stored", "judge": "auto", "threshold": "0.05"}
 
 
-def plan_init(folder: Path) -> list[tuple[Path, str]]:
-    """What would be written into `folder`: (path, content). A test set that is found there is named in it."""
-    settings = SETTINGS.replace("TESTSET", json.dumps(_find_testset(folder)))
-    workflow = WORKFLOW.replace('"VERSION"', f'"{__version__}"')
-    return [(folder / SETTINGS_FILE, settings), (folder / WORKFLOW_FILE, workflow)]
+def plan_init(folder: Path, answers: Mapping[str, str] | None = None) -> list[tuple[Path, str]]:
+    """What would be written into `folder`: (path, content), `.ragate/` added to .gitignore last, where it is missing.
+
+    `answers` are those to `QUESTIONS`. Raises ConfigError naming one that makes no sense.
+    """
+    answers = default_answers(folder) | dict(answers or {})
+    try:
+        threshold = float(answers["threshold"])
+    except ValueError:
+        threshold = 0.0
+    if not 0 < threshold <= 1:
+        raise ConfigError(
+            f"threshold must be above 0 and at most 1, got {answers['threshold']!r}; 5 % is 0.05"
+        )
+    settings = SETTINGS.replace("THRESHOLD", repr(threshold))
+    for key in ("target", "judge", "testset"):
+        settings = settings.replace(key.upper(), json.dumps(answers[key], ensure_ascii=False), 1)
+    plan = [(folder / SETTINGS_FILE, settings)]
+    plan += [(folder / place, ci_text(name)) for name, place in CI_FILES.items()]
+    ignore = folder / ".gitignore"
+    lines = ignore.read_text(encoding="utf-8").splitlines() if ignore.is_file() else []
+    if not {".ragate", ".ragate/", "/.ragate", "/.ragate/"} & {line.strip() for line in lines}:
+        plan.append((ignore, "\n".join([*lines, ".ragate/"]) + "\n"))
+    return plan
 
 
-def write_init(folder: Path, *, force: bool = False) -> list[Path]:
+def ci_text(name: str) -> str:
+    """A file of `CI_FILES` with this ragate's version, and with the versions here that stand in the fingerprint."""
+    text = resources.files("ragate.ci").joinpath(name).read_text(encoding="utf-8")
+    pins = " ".join(f"{package}=={metadata.version(package)}" for package in PINNED)
+    values = {"VERSION": __version__, "PINS": pins, "PACKAGES": " ".join(COMMENT_PACKAGES)}
+    for word, value in values.items():
+        text = text.replace(word, value)
+    return text
+
+
+def write_init(folder: Path, answers: Mapping[str, str] | None = None, *, force: bool = False) -> list[Path]:
     """Write the plan and return the paths written.
 
     Raises ConfigError before anything is written when a file is there already and `force` is false, RunError
     when the disk refuses.
     """
-    plan = plan_init(folder)
-    there = [str(path.relative_to(folder)) for path, _ in plan if path.exists()]
+    plan = plan_init(folder, answers)
+    there = [str(path.relative_to(folder)) for path, _ in plan if path.exists() and path.name != ".gitignore"]
     if there and not force:
         verb = "is" if len(there) == 1 else "are"
         raise ConfigError(f"{' and '.join(there)} {verb} there already; --force overwrites")

@@ -319,6 +319,22 @@ def verdict_of(
     )
 
 
+def verdict_by(settings: Settings) -> Callable[[Baseline, Run], GateResult]:
+    """`verdict_of` with the settings' release: a verdict from baseline and run alone."""
+    release = load_release(settings)
+    return lambda baseline, run: verdict_of(settings, baseline, run, release)
+
+
+def trusted_baseline(settings: Settings) -> Callable[[Run], Baseline | None]:
+    """The baseline of this checkout for a run's suite, or `None` where there is none."""
+
+    def find(run: Run) -> Baseline | None:
+        path = baseline_of_suite(settings, run.suite)
+        return load_baseline(path) if path.is_file() else None
+
+    return find
+
+
 def write_reports(
     folder: Path,
     run: Run,
@@ -327,16 +343,33 @@ def write_reports(
     timings: dict[str, object] | None,
     before: Run | None = None,
 ) -> tuple[Path, ...]:
-    """Write report.html and comment.md, both made from stored data alone.
+    """Write report.html, comment.md, junit.xml and badge.svg, all made from stored data alone.
 
     `before` is the run that the baseline was made of, where it is at hand: its answers are compared with these.
+    verdict.json and baseline.json are left beside them, so that `ragate comment` and whoever has the artefact need
+    nothing else; where there is no baseline there is neither.
     """
+    from ragate.report.annotations import file_of
+    from ragate.report.badge import render_badge
     from ragate.report.html import render_html
+    from ragate.report.junit import render_junit
     from ragate.report.markdown import render_comment
 
-    write_whole(folder / "report.html", render_html(run, gate, baseline, timings, before))
-    write_whole(folder / "comment.md", render_comment(run, gate, baseline))
-    return folder / "report.html", folder / "comment.md"
+    texts = {
+        "report.html": render_html(run, gate, baseline, timings, before),
+        "comment.md": render_comment(run, gate, baseline, timings),
+        "junit.xml": render_junit(run, gate, baseline, file_of(run)),
+        "badge.svg": render_badge(gate),
+    }
+    for name, text in texts.items():
+        write_whole(folder / name, text)
+    if gate is None or baseline is None:
+        for name in ("verdict.json", "baseline.json"):
+            (folder / name).unlink(missing_ok=True)
+    else:
+        write_whole(folder / "verdict.json", gate.model_dump_json(indent=1) + "\n")
+        save_baseline(baseline, folder / "baseline.json")
+    return tuple(folder / name for name in texts)
 
 
 def run_behind(settings: Settings, baseline: Baseline | None, path: Path) -> Run | None:

@@ -103,6 +103,13 @@ def _item(level: Level, row: ItemRow, run: Run, workspace: Path | None) -> str:
     return command(level, message, file=file, line=line, title=f"{shorten(plain(row.item.id), 80)} got worse")
 
 
+def file_of(run: Run) -> str | None:
+    """The test set's text file as the run names it, where it is one; of a folder its core.jsonl."""
+    path = Path(run.testset)
+    file = path / "core.jsonl" if path.is_dir() else path
+    return file.as_posix() if file.is_file() else None
+
+
 def place_of(testset: str, item: ItemRecord, workspace: Path | None = None) -> tuple[str, int] | None:
     """(path relative to `workspace`, line) of an item of the test set at `testset`, where both are known and there.
 
@@ -114,8 +121,8 @@ def place_of(testset: str, item: ItemRecord, workspace: Path | None = None) -> t
     path = Path(testset)
     if path.is_dir():
         # a reserve item may stand in either: in core.jsonl by its column
-        files = [path / "reserve.jsonl", path / "core.jsonl"] if item.reserve else [path / "core.jsonl"]
-        path = next((file for file in files if _holds(file, item)), files[-1])
+        names = ("reserve.jsonl", "core.jsonl") if item.reserve else ("core.jsonl",)
+        path = next((path / name for name in names if _holds(path / name, item)), path)
     if not path.is_file():
         return None
     relative = os.path.relpath(path.resolve(), (workspace or Path.cwd()).resolve())

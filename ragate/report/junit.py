@@ -112,7 +112,7 @@ def _add_items(
     )
     for row in rows_of(run, baseline):
         case = ElementTree.SubElement(suite, "testcase", classname=name, name=_text(row.item.id))
-        if file is not None and row.item.line is not None:
+        if file is not None and row.item.line is not None and not row.item.reserve:
             case.set("file", _text(file))
             case.set("line", str(row.item.line))
         fallen = [c for c in row.cells if c.metric in failed and c.drop is not None and c.drop > 0]
