@@ -1,0 +1,77 @@
+"""Compiles quantized kernels for a Hopper card, without one, and prints what `test_quantized_code.py` looks at."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+kernels = importlib.import_module("ragate_engine.kernels.triton.quantized")
+kernels.device.shared_memory = lambda: 232_448  # type: ignore[attr-defined]
+kernels.device.programs = lambda: 132  # type: ignore[attr-defined]
+
+
+def compiled(bits: int, group: int, kind: int, rows: int, out: int, width: int) -> dict[str, object]:
+    """What became of the product of `rows` rows with a weight [out, width]."""
+    import torch
+
+    low, high = kernels.PLANES[bits]
+    walk = kernels.walk_of(bits, group)
+    segments = kernels.segments_of(out, width)
+    blocks = -(-width // (segments * walk.step)) * segments * walk.step // walk.block
+    double = kind > 0 or walk.groups > 1
+    words = walk.groups // (2 if kind == 0 and walk.groups > 1 else 1)
+    scales = torch.empty(1, 1, 8, words, dtype=torch.int64 if double else torch.int32)
+    packed = kernels.PackedQuant(
+        torch.empty(1, blocks, 256), None, scales, bits, group, kind, width, segments
+    )
+    tile = kernels.fitting(kernels.best_tile(rows, out, segments), packed)
+    fixed = {
+        "BM": tile.rows, "BN": tile.columns, "S": segments, "BLOCKS": tile.inner // walk.block, "LOW": low,
+        "HIGH": high, "BITS": bits, "GROUP": group, "GROUPS": walk.groups, "KIND": kind, "COUNTED": True, "HAS_BIAS": False,
+        "GATED": False, "GELU": False, "STAGES": tile.stages, "ASM": True, "PDL": True, "EVEN": True,
+    }  # fmt: skip
+    types = {
+        "bias": "*bf16",
+        "y": "*bf16",
+        "count": "*i32",
+        "sums": "*fp32",
+        "done": "*i32",
+        "low": "*i16",
+        "high": "*i16",
+    }
+    types["scales"] = "*i64" if double else "*i32"
+    types["x"] = "*bf16" if tile.few else f"tensordesc<bf16[{tile.rows},{walk.block}]>"
+    function = kernels._few if tile.few else kernels._many
+    names = function.arg_names
+    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name][0] == "*" or name in ("N", "K", "SPAN", "stride")
+    }
+    source = ASTSource(
+        function, signature, {(i,): fixed[name] for i, name in enumerate(names) if name in fixed}, aligned
+    )
+    options = {"num_warps": tile.warps, "num_stages": 3}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    text = made.asm["ttgir"]
+    loop = text[text.index("scf.for") :]
+    return {
+        "few": tile.few,
+        "shared": made.metadata.shared,
+        "widths": sorted(set(re.findall(r"kWidth = (\d+)", text))),
+        "register products": len(re.findall(r"warp_group_dot %\w+, .*dot_op<\{opIdx = 0", text)),
+        "waits": sorted(set(re.findall(r"pendings = (\d+)", text))),
+        "through shared memory": len(re.findall(r"local_store|ttg.local_alloc %", loop[: loop.index("scf.yield")])),
+        "shuffles": made.asm["ptx"].count("shfl.sync.bfly"),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(json.dumps([compiled(*case) for case in json.loads(sys.argv[1])]))
