@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from runs import HOSTILE, METRICS, errored_run, good_run, hostile_run, partial_run, plain_run, worse_run
+from runs import (
+    HOSTILE,
+    METRICS,
+    errored_run,
+    good_run,
+    hostile_run,
+    partial_run,
+    plain_run,
+    timings,
+    worse_run,
+)
 
 from ragate.gate.baseline import Baseline, baseline_of
 from ragate.gate.verdict import decide
-from ragate.report.markdown import comment_marker, escape, render_comment
+from ragate.report.markdown import LONGEST_SUMMARY, comment_marker, escape, render_comment
 from ragate.run import Run
 
 DATE = datetime(2025, 11, 20, 9, 30, tzinfo=UTC)
@@ -23,7 +34,7 @@ def _baseline(run: Run) -> Baseline:
     return baseline_of(run, commit="3f2a91c7" * 5, date=DATE)
 
 
-def _comment(run: Run, base: Run | None = None, **options: str) -> str:
+def _comment(run: Run, base: Run | None = None, **options: Any) -> str:
     baseline = _baseline(base) if base else None
     return render_comment(run, decide(baseline, run) if baseline else None, baseline, **options)
 
@@ -56,8 +67,11 @@ def test_each_verdict_has_its_alert_icon_and_word(run: Run, base: Run | None, al
 
 def test_the_table_has_a_row_for_each_metric() -> None:
     rows = [line for line in _comment(worse_run(), good_run()).splitlines() if line.startswith("| ")]
-    assert rows[0] == "| metric | base | head | delta | limit | items | verdict |"
-    assert rows[3] == r"| faithfulness | 0.931 | **0.817** | −11.3 pt | −4.7 pt | 100 | ❌ FAIL |"
+    assert rows[0] == "| metric | base | head | delta (90 % interval) | limit | p | items | verdict |"
+    faithfulness = (
+        r"| faithfulness | 0.931 | **0.817** | −11.3 pt (−17.4 to −7.1) | −4.7 pt | 0.008 | 100 | ❌ FAIL |"
+    )
+    assert rows[3] == faithfulness
     assert [row.split(" | ")[0] for row in rows[1:]] == [
         rf"| {metric.replace('_', chr(92) + '_')}" for metric in METRICS
     ]
@@ -65,7 +79,7 @@ def test_the_table_has_a_row_for_each_metric() -> None:
 
 def test_an_improvement_is_a_positive_delta_and_no_change_is_zero() -> None:
     up = _comment(plain_run({"m": [0.9] * 10}), plain_run({"m": [0.8] * 10}))
-    assert "| m | 0.800 | **0.900** | +10.0 pt | −4.0 pt | 10 | ✅ PASS |" in up
+    assert "| m | 0.800 | **0.900** | +10.0 pt (+10.0 to +10.0) | −4.0 pt | 1.00 | 10 | ✅ PASS |" in up
     assert "| ±0.0 pt |" in _comment(good_run(12), good_run(12))
 
 
@@ -120,9 +134,66 @@ def test_a_comment_never_exceeds_what_github_takes_and_says_what_it_left_out() -
     text = _comment(run, base, report_url="https://example.org/")
     assert 60_000 < len(text) <= 65_536
     listed = text.count("\n- **q")
-    assert f"- … and {3000 - listed} more in the report" in text
-    assert "[Full report]" in text
+    why = "left out because a comment may be only so long: see [the full report](https://example.org/)"
+    assert f"- … and {3000 - listed} more, {why}" in text
+    assert "[Full report](https://example.org/)" in text
     assert text.count("<details>") == text.count("</details>") == 1
+
+
+def test_the_step_summary_has_more_room_but_no_more_than_github_takes() -> None:
+    base = plain_run({metric: [1.0] * 9000 for metric in METRICS})
+    run = plain_run({metric: [0.25] * 9000 for metric in METRICS})
+    text = _comment(run, base, longest=LONGEST_SUMMARY)
+    assert 260_000 < len(text) <= LONGEST_SUMMARY
+    assert len(text.encode()) <= 2**20
+    assert "more, left out because a comment may be only so long: see the report\n" in text
+
+
+def test_power_warnings_and_drift_stand_in_the_comment() -> None:
+    base, run = _baseline(good_run()), worse_run()
+    gate = decide(base, run, release=base, judge_accuracy=0.75)
+    other = gate.model_copy(
+        update={"sentence": "FAIL: something else", "warnings": ("3 reserve items were lost",)}
+    )
+    text = render_comment(run, other, base, notes=["a note | of ours"])
+    assert (
+        "> - ⚠️ a note \\| of ours\n> - ⚠️ 3 reserve items were lost\n> - against the release: FAIL: faith"
+        in text
+    )
+    assert "faithfulness 7.0 pt, 14.1 pt true by this judge (4.7 pt takes 230 items)" in text
+    assert "against the release" not in render_comment(run, gate, base)
+
+
+def test_the_footer_has_seconds_cache_and_the_commit_that_was_judged() -> None:
+    text = render_comment(good_run(), None, None, timings(), commit="3f2a91c7" * 5)
+    assert "100 items · 157 s · 71 % of the prompt tokens from the cache · of commit 3f2a91c73f</sub>" in text
+    odd = {"seconds": "long", "prompt_tokens_sent": 0, "prompt_tokens_computed": None}
+    assert "100 items</sub>" in render_comment(good_run(), None, None, odd)
+
+
+def test_a_metric_that_only_the_baseline_has_has_a_row_too() -> None:
+    text = _comment(plain_run({"m": [1.0] * 12}), plain_run({"m": [1.0] * 12, "n": [0.5] * 12}))
+    assert "| n | 0.500 | – | – | – | – | 0 | ⛔ INVALID |" in text
+
+
+def test_hostile_texts_of_a_megabyte_everywhere_stay_within_the_limit() -> None:
+    long = HOSTILE * 4000
+    run, base = _fallen(hostile_run())
+    gate = decide(_baseline(base), run)
+    huge = gate.model_copy(
+        update={
+            "sentence": f"FAIL: {long}",
+            "way_out": long,
+            "reasons": (long,) * 300,
+            "warnings": (f"{long} again",) * 300,
+            "drift": gate.model_copy(update={"sentence": f"PASS: {long} drift"}),
+        }
+    )
+    long_run = run.model_copy(update={"judge": long, "judge_note": long, "suite": long})
+    text = render_comment(long_run, huge, _baseline(base), notes=[long] * 300)
+    assert len(text) <= 65_536
+    assert "more in the report" in text
+    assert not re.search(r"@\w|(?<!&)#\d|://", text)
 
 
 def test_hostile_texts_of_any_length_stay_within_the_limit() -> None:
@@ -152,7 +223,9 @@ def test_a_markdown_reader_finds_no_element_of_a_hostile_comment_but_ours() -> N
     calm = MarkdownIt("commonmark", {"html": True}).enable("table").render(_comment(*_fallen(good_run(12))))
     tags = [re.findall(r"<(/?[a-z0-9]+)", page) for page in (html, calm)]
     assert [set(found) for found in tags] == [set(tags[1])] * 2
-    assert tags[0].count("li") == tags[1].count("li") == 12
+    assert (
+        tags[0].count("li") == tags[1].count("li") + 1 == 13
+    )  # the hostile one passes over its clusters, and warns
     assert "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "**bold** $x$" in html
 
@@ -179,6 +252,12 @@ def test_the_marker_is_one_comment_whatever_the_suite_is_called() -> None:
         ("\x1b[31mred\x1b[0m", "red"),
         ("\\`", r"\\\`"),
         ("$x^2$", r"\$x^2\$"),
+        ("me@example.org", "me@&#8203;example.org"),
+        (":tada: at 10:30", ":&#8203;tada: at 10:30"),
+        ("- a list", r"\- a list"),
+        ("1. a list", "1&#8203;. a list"),
+        ("# a title", "#&#8203; a title"),
+        ("=====", r"\====="),
     ],
 )
 def test_each_kind_of_markup_is_disarmed(text: str, escaped: str) -> None:
@@ -191,3 +270,14 @@ def test_escaped_text_is_one_line_without_live_markup(text: str) -> None:
     assert not set("\r\n<>") & set(escaped)
     assert not re.search(r"@\w|(?<!&)#\d|://", escaped)
     assert not re.search(r"(?<!\\)(\\\\)*[`|*_\[\]]", escaped)
+
+
+@given(st.text())
+def test_a_markdown_reader_finds_nothing_in_escaped_text(text: str) -> None:
+    reader = MarkdownIt("gfm-like", {"html": True, "linkify": False})
+    for before in ("", "> - ", "- **x** ", "| a |\n|:--|\n| "):
+        blocks = reader.parse(f"{before}{escape(text)}")
+        calm = reader.parse(f"{before}calm")
+        inline = [child.type for block in blocks for child in block.children or []]
+        assert set(inline) <= {"text", "text_special", "strong_open", "strong_close"}
+        assert len(blocks) == len(calm) or not escape(text)
