@@ -6,12 +6,19 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+AXE_PLACES = (
+    os.environ.get("RAGATE_AXE", ""),
+    *(str(Path(entry) / "axe_core_python" / "axe.min.js") for entry in sys.path),
+    "node_modules/axe-core/axe.min.js",
+    "/tmp/axe/node_modules/axe-core/axe.min.js",
+)
+AXE = next((path for place in AXE_PLACES if place and (path := Path(place)).is_file()), None)
+"""axe-core's script, where it is installed (`pip install axe-core-python`) or named by RAGATE_AXE."""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -87,6 +94,11 @@ class Browser:
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def media(self, kind: str = "", **features: str) -> None:
+        """Show the page as for another medium (`print`), or with other preferences."""
+        named = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
+        self.call("Emulation.setEmulatedMedia", media=kind, features=named)
 
     def press(self, key: str) -> None:
         """Press a key where the focus is."""

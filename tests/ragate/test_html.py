@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from browser import CHROMIUM, Browser
+from browser import AXE, CHROMIUM, Browser
 from runs import (
     FINGERPRINT,
     HOSTILE,
@@ -27,7 +27,7 @@ from runs import (
 )
 
 from ragate.gate.baseline import Baseline, baseline_of
-from ragate.gate.verdict import decide
+from ragate.gate.verdict import Rule, decide
 from ragate.report.html import render_html
 from ragate.run import Claim, Score
 
@@ -89,9 +89,53 @@ def _baseline(run: Run) -> Baseline:
     return baseline_of(run, commit="3f2a91c7" * 5, date=DATE)
 
 
-def _render(run: Run, base: Run | None = None, times: dict[str, Any] | None = None) -> str:
+def _render(
+    run: Run,
+    base: Run | None = None,
+    times: dict[str, Any] | None = None,
+    *,
+    texts: bool = False,
+    **terms: Any,
+) -> str:
+    """The report of `run` against `base`, whose answers and contexts are at hand where `texts` is set."""
     baseline = _baseline(base) if base else None
-    return render_html(run, decide(baseline, run) if baseline else None, baseline, times)
+    gate = decide(baseline, run, **terms) if baseline else None
+    return render_html(run, gate, baseline, times, base if texts else None)
+
+
+def _reworded(run: Run) -> Run:
+    """The run with another answer, and its contexts in another order with one new, in its first item."""
+    first = run.items[0]
+    contexts = (first.contexts[1], first.contexts[0], *first.contexts[2:4], "Something else was found.")
+    answer = (first.answer or "").replace("computing", "storing")
+    changed = first.model_copy(update={"contexts": contexts, "answer": answer})
+    return run.model_copy(update={"items": (changed, *run.items[1:])})
+
+
+def _monstrous_run() -> Run:
+    """The hostile run, and in its first item a megabyte of hostile text in every place that text comes to."""
+    run = hostile_run()
+    huge = (HOSTILE + " word ") * (1_000_000 // (len(HOSTILE) + 6))
+    first = run.items[0]
+    texts = {"question": huge, "reference": huge, "answer": huge, "contexts": (huge, huge[1:])}
+    scores = tuple(
+        score.model_copy(
+            update={
+                "error": huge,
+                "claims": tuple(c.model_copy(update={"text": huge, "reason": huge}) for c in score.claims),
+            }
+        )
+        if score.item == first.id
+        else score
+        for score in run.scores
+    )
+    return run.model_copy(
+        update={
+            "items": (first.model_copy(update=texts), *run.items[1:]),
+            "scores": scores,
+            "judge_note": HOSTILE,
+        }
+    )
 
 
 def test_the_verdict_sentence_stands_before_everything_else() -> None:
@@ -115,6 +159,82 @@ def test_the_cards_show_score_baseline_delta_and_limit_worst_first() -> None:
     assert charts[0] == "Drop −11.3 pt, interval 7.1 to 17.4 pt, limit 4.7 pt"
     assert charts[1] == (
         "Distribution of the scores from 0 to 1: baseline mean 0.931, this run 0.817, limit at 0.884"
+    )
+
+
+def test_each_card_draws_the_drop_between_its_bounds_beside_the_limit() -> None:
+    page = Page(_render(worse_run(), good_run()))
+    drawn = [a["aria-label"] for tag, a in page.tags if (a.get("aria-label") or "").startswith("Drop ")]
+    assert drawn == [
+        "Drop −11.3 pt, interval 7.1 to 17.4 pt, limit 4.7 pt",
+        "Drop −8.8 pt, interval 4.8 to 13.5 pt, limit 4.7 pt",
+        "Drop −2.0 pt, interval 0.7 to 5.1 pt, limit 4.4 pt",
+        "Drop −1.6 pt, interval −0.5 to 4.5 pt, limit 4.2 pt",
+    ]
+
+
+def test_warnings_drift_and_power_are_told() -> None:
+    base = good_run()
+    scores = [
+        s.model_copy(update={"value": (s.value or 0) - 0.01}) if s.metric == "answer_relevance" else s
+        for s in base.scores
+    ]
+    run = base.model_copy(update={"scores": tuple(scores)})
+    words = Page(_render(run, base, release=_baseline(base), judge_accuracy=0.75)).words
+    assert words.count("answer relevance lost 1.0 pt, less than the limit but not by chance") == 1
+    assert "Since the last release PASS no metric fell to its limit" in words
+    assert "Answer relevance 0.874 0.864 −1.0 pt 4.4 pt 1.0 to 1.0 pt" in words
+    assert "What this sample can show" in words
+    power = Page(_render(worse_run(), good_run(), judge_accuracy=0.75)).words
+    assert "Faithfulness 7.0 pt 14.1 pt 4.7 pt 100 230" in power
+    assert "Context precision 3.4 pt 6.9 pt 4.2 pt 100 enough: 68" in power
+
+
+def test_a_floor_that_is_breached_is_in_its_card() -> None:
+    words = Page(_render(worse_run(), good_run(), rules={"faithfulness": Rule(min=0.9)})).words
+    assert "Floor 0.9: below it" in words
+
+
+def test_a_row_says_why_in_the_judges_words_and_whether_it_broke() -> None:
+    words = Page(_render(worse_run(), good_run())).words
+    assert (
+        "serving-001 broke multi-document Context recall Blocks are found again by a hash over their tokens and their "
+        "predecessors. No passage mentions it; the closest one speaks of another step."
+    ) in words
+    assert "Broke 13 Mended 0 Regressed 32" in words
+
+
+def test_failures_are_classed_with_what_to_try() -> None:
+    page = Page(_render(worse_run(), good_run()))
+    assert (
+        "17 Unsupported claim The answer says what the contexts do not. 17 of them got worse. Try: tell"
+        in page.words
+    )
+    counted = sum("retrieval" in item["classes"] for item in page.payload["items"])
+    assert f"{counted} Retrieval miss" in page.words
+
+
+def test_the_answer_and_contexts_are_compared_with_the_baselines() -> None:
+    base = good_run(12)
+    text = _render(_reworded(base), base, texts=True)
+    assert "<del>computing</del><ins>storing</ins>" in text
+    words = Page(text).words
+    assert "1 was 2 ✓" not in words  # the mark is the style sheet's
+    assert "1 was 2 useful" in words or "1 was 2 not useful" in words
+    assert "5 new" in words
+    assert "– lost, was 5" in words
+    assert "Answer as in the baseline" in words
+    without = Page(_render(_reworded(base), base)).words
+    assert "The baseline's answers are not at hand, so only scores are compared." in without
+    assert "was 2 useful" not in without
+
+
+def test_where_a_score_changed_what_the_judge_said_before_can_be_read() -> None:
+    base, run = good_run(), worse_run()
+    words = Page(_render(run, base, texts=True)).words
+    assert words.count("what the judge said of the baseline's answer") == sum(
+        score.value != base.score(score.item, score.metric).value  # type: ignore[union-attr]
+        for score in run.scores
     )
 
 
@@ -259,6 +379,22 @@ def test_hostile_text_is_shown_as_text_and_starts_no_element() -> None:
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
 
 
+def test_a_megabyte_of_hostile_text_in_every_place_leaves_the_page_small_and_whole() -> None:
+    run = _monstrous_run()
+    text = _render(run, hostile_run(), texts=True)
+    page = Page(text)
+    assert page.open == []
+    assert {tag for tag, _ in page.tags} <= {
+        tag for tag, _ in Page(_render(worse_run(), good_run(), texts=True)).tags
+    } | {
+        "ins",
+        "del",
+    }
+    assert len(page.scripts) == 2
+    assert len(text.encode()) < 2_000_000
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+
+
 def test_control_characters_are_shown_as_symbols() -> None:
     text = _render(hostile_run())
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029]", text)
@@ -304,7 +440,7 @@ def test_every_reference_inside_the_page_has_its_target_and_ids_are_unique() -> 
 
 
 def test_a_hundred_items_stay_below_two_megabytes() -> None:
-    assert len(_render(worse_run(), good_run(), timings()).encode()) < 2_000_000
+    assert len(_render(worse_run(), good_run(), timings(), texts=True).encode()) < 2_000_000
 
 
 def test_very_long_texts_are_cut_and_say_so_to_keep_the_page_small() -> None:
@@ -344,7 +480,8 @@ SHOWN = "[...document.querySelectorAll('.item:not([hidden]) .id')].map(id => id.
 @pytest.fixture
 def report(tmp_path: Path) -> Path:
     path = tmp_path / "report.html"
-    path.write_text(_render(worse_run(), good_run(), timings()), encoding="utf-8")
+    text = _render(_reworded(worse_run()), good_run(), timings(), texts=True)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -418,12 +555,116 @@ def test_a_link_to_a_context_opens_it_and_the_theme_can_be_changed(report: Path)
 @pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize("scripts", [True, False])
-def test_a_hostile_page_runs_nothing_and_loads_nothing(tmp_path: Path, scripts: bool) -> None:
+@pytest.mark.parametrize("run", [hostile_run(), _monstrous_run()], ids=["hostile", "a megabyte"])
+def test_a_hostile_page_runs_nothing_and_loads_nothing(tmp_path: Path, scripts: bool, run: Run) -> None:
     path = tmp_path / "report.html"
-    path.write_text(_render(hostile_run()), encoding="utf-8")
+    path.write_text(_render(run, hostile_run(), texts=True), encoding="utf-8")
     with Browser(scripts=scripts) as browser:
         browser.open(path)
+        if scripts:  # and the page works
+            browser.eval("document.querySelectorAll('details').forEach(d => d.open = true)")
+            assert len(browser.eval(SHOWN)) == 12
+            browser.eval("search.value = 'xyzzy'; search.dispatchEvent(new Event('input'))")
+            assert browser.eval(SHOWN) == []
+            browser.press("Escape")
+            browser.eval("document.getElementById('reset').click()")
+            browser.press("j")
+            browser.press("Enter")
+            assert browser.eval("document.querySelectorAll('.item.is-open').length") >= 1
+            assert browser.eval("document.querySelectorAll('iframe, object, embed, img, base').length") == 0
+            assert browser.eval("[...document.links].every(a => a.getAttribute('href').startsWith('#'))")
+            overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+            assert browser.eval(overflow) <= 0
         _assert_quiet(browser, path)
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_with_the_network_off_the_page_is_the_same_and_asks_for_nothing(report: Path) -> None:
+    with Browser() as browser:
+        browser.call(
+            "Network.emulateNetworkConditions",
+            offline=True,
+            latency=0,
+            downloadThroughput=0,
+            uploadThroughput=0,
+        )
+        browser.open(report)
+        assert len(browser.eval(SHOWN)) == 100
+        browser.eval("document.querySelectorAll('details').forEach(d => d.open = true)")
+        browser.eval("window.scrollTo(0, document.body.scrollHeight)")
+        _assert_quiet(browser, report)
+        assert len(browser.reported("Network.requestWillBeSent")) == 1
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_failure_class_shows_its_items_and_is_kept_in_the_address(report: Path) -> None:
+    with Browser() as browser:
+        browser.open(report)
+        browser.eval("document.querySelector('[data-class=unsupported]').click()")
+        assert len(browser.eval(SHOWN)) == 17
+        assert browser.eval("location.hash") == "#class=unsupported"
+        assert browser.eval("document.getElementById('found').textContent") == "17 of 100 items"
+        browser.eval("document.querySelector('[data-filter=broke]').click()")
+        both = browser.eval(SHOWN)
+        assert 0 < len(both) < 13
+        fragment = browser.eval("location.hash")
+        browser.eval("document.querySelector('[data-class=unsupported]').click()")
+        assert len(browser.eval(SHOWN)) == 13
+        browser.open(report, fragment + "&sort=nonsense&x=1")
+        assert browser.eval(SHOWN) == both
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_on_paper_there_are_verdict_cards_and_rows_but_no_controls(report: Path) -> None:
+    with Browser() as browser:
+        browser.open(report)
+        browser.eval("document.querySelector('.toggle').click()")
+        browser.media("print")
+        shown = "[...document.querySelectorAll('{}')].filter(e => e.checkVisibility()).length"
+        for controls in (".tools", ".keys", "#theme", ".toggle", ".jump", "[data-class]"):
+            assert browser.eval(shown.format(controls)) == 0, controls
+        assert browser.eval(shown.format(".card .interval")) == 4
+        assert browser.eval(shown.format(".item > .main")) == 100
+        assert browser.eval(shown.format(".detail")) == 1  # the one that was opened
+        printed = browser.call("Page.printToPDF", printBackground=True)["data"]
+        assert base64.b64decode(printed).startswith(b"%PDF-")
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.skipif(AXE is None, reason="needs axe-core: pip install axe-core-python")
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(tmp_path: Path, width: int, scheme: str) -> None:
+    assert AXE is not None
+    rules = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+    pages = {
+        "fail": _render(_reworded(worse_run(12)), good_run(12), timings(), texts=True),
+        "pass": _render(good_run(12), good_run(12), timings(), release=_baseline(good_run(12))),
+        "open": _render(worse_run(12), good_run(12), threshold=0.5),
+        "invalid": _render(errored_run(12), good_run(12, fingerprint={"judge": "x"})),
+        "alone": _render(partial_run(12)),
+    }
+    for name, text in pages.items():
+        path = tmp_path / f"{name}.html"
+        path.write_text(text, encoding="utf-8")
+        with Browser(width=width) as browser:
+            browser.media(prefers_color_scheme=scheme)
+            browser.open(path)
+            browser.eval("document.querySelector('.toggle').click()")
+            browser.eval(
+                "document.querySelectorAll('.item.is-open details, .fold').forEach(d => d.open = true)"
+            )
+            browser.eval(AXE.read_text(encoding="utf-8") + "; 0")
+            found = browser.eval(
+                f"axe.run(document, {{runOnly: {rules}}}).then(r => r.violations.map("
+                "v => [v.impact, v.id, v.nodes.slice(0, 3).map(n => n.html.slice(0, 200))]))"
+            )
+            assert [each for each in found if each[0] in ("serious", "critical")] == [], name
+            assert found == [], name
 
 
 @pytest.mark.slow
