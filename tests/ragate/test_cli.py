@@ -183,7 +183,9 @@ def test_init_writes_a_repository_that_says_what_is_still_missing(ragate: Ragate
     written = {
         path: path.read_text() for path in (Path("ragate.toml"), Path(".github/workflows/rag-gate.yml"))
     }
-    assert "ragate.toml and .github/workflows/rag-gate.yml are there already" in sentence(ragate("init"))
+    assert "rag-gate.yml and .github/workflows/rag-gate-comment.yml are there already" in sentence(
+        ragate("init", "--yes")
+    )
     assert {path: path.read_text() for path in written} == written
     assert "testset.jsonl: no such test set; name one with --testset" in sentence(ragate("eval"))
     assert "ragate eval" in sentence(ragate("report"))
@@ -323,7 +325,9 @@ def test_a_report_is_made_again_from_the_stored_run_without_any_model(
     store(good_run(), "good")
     ragate("baseline", "set", "good")
     Path("run/report.html").write_text("old")
-    assert ragate("report", "run").out == "wrote run/report.html\nwrote run/comment.md\n"
+    assert ragate("report", "run").out == "".join(
+        f"wrote run/{name}\n" for name in ("report.html", "comment.md", "junit.xml", "badge.svg")
+    )
     assert "FAIL: " in Path("run/report.html").read_text()
     assert "FAIL" in Path("run/comment.md").read_text()
     assert not (tmp_path / "cache").exists()
