@@ -55,8 +55,8 @@ def _add_gate(suites: ElementTree.Element, run: Run, gate: GateResult | None) ->
     _end_verdict(case, gate.verdict, gate.sentence, gate.exit_code)
     for verdict in gate.metrics:
         case = ElementTree.SubElement(suite, "testcase", classname=name, name=_text(verdict.metric))
-        # an INVALID run says why in its reasons; a metric by itself may be fine
-        fails = gate.exit_code if verdict.verdict != "PASS" else EXIT_PASS
+        # what one metric leaves open decides nothing where another fails
+        fails = EXIT_PASS if verdict.verdict == "INCONCLUSIVE" != gate.verdict else gate.exit_code
         _end_verdict(case, verdict.verdict, verdict.sentence, fails)
         ElementTree.SubElement(case, "system-out").text = _text(_numbers(verdict))
     if gate.drift is not None:
