@@ -56,13 +56,14 @@ def compare(first: Run, second: Run) -> Comparison:
     verdicts = decide(base, second, metrics=metrics).metrics if metrics else ()
     before = {item.id: item for item in first.items}
     diffs = []
-    for row in rows_of(second, base, metrics):
+    for row in rows_of(second, base, metrics) if metrics else ():
         old = before.get(row.item.id)
         if old is None:
             continue
         new = sum(change.old is None for change in context_changes(old.contexts, row.item.contexts))
         diff = ItemDiff(row, old.answer != row.item.answer, new)
-        if row.change in ("regressed", "fixed") or diff.answer_changed or new:
+        ended_otherwise = any(c.base_state != c.state for c in row.cells)
+        if row.change in ("regressed", "fixed") or ended_otherwise or diff.answer_changed or new:
             diffs.append(diff)
     order = ("regressed", "fixed", "unchanged", "new")
     diffs.sort(key=lambda diff: (order.index(diff.row.change), -diff.size))

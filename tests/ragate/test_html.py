@@ -497,7 +497,7 @@ def test_filter_search_and_sort_work_and_live_in_the_address(report: Path) -> No
     with Browser() as browser:
         browser.open(report)
         assert len(browser.eval(SHOWN)) == 100
-        browser.eval("document.querySelector('.chip.regressed').click()")
+        browser.eval("document.querySelector('[data-filter=regressed]').click()")
         assert len(browser.eval(SHOWN)) == 32
         browser.eval("search.value = 'speculative'; search.dispatchEvent(new Event('input'))")
         found = browser.eval(SHOWN)
@@ -612,7 +612,8 @@ def test_a_failure_class_shows_its_items_and_is_kept_in_the_address(report: Path
         fragment = browser.eval("location.hash")
         browser.eval("document.querySelector('[data-class=unsupported]').click()")
         assert len(browser.eval(SHOWN)) == 13
-        browser.open(report, fragment + "&sort=nonsense&x=1")
+        changed = "new Promise(done => addEventListener('hashchange', () => done(0), {once: true}))"
+        browser.eval(f"setTimeout(() => {{ location.hash = '{fragment}&sort=nonsense&x=1' }}), {changed}")
         assert browser.eval(SHOWN) == both
 
 
