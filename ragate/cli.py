@@ -7,7 +7,8 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +137,7 @@ def eval_(update_baseline: bool, force: bool, format_: str, dry_run: bool, quiet
         return show_forecast(settings, update_baseline, format_)
     progress = Progress(console(stderr=True), quiet=quiet)
     try:
-        with progress:
+        with prints_to_stderr(), progress:
             outcome = run_suite(
                 settings, progress.say, progress.on_event, update=update_baseline, force=force
             )
@@ -170,6 +171,20 @@ def eval_(update_baseline: bool, force: bool, format_: str, dry_run: bool, quiet
         )
         return EXIT_INVALID
     return gate.exit_code
+
+
+@contextmanager
+def prints_to_stderr() -> Iterator[None]:
+    """What the judged system and its children print goes to stderr: stdout holds the asked-for format and no more."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def show_forecast(settings: Settings, update: bool, format_: str) -> int:
