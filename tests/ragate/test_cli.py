@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -190,6 +192,30 @@ def test_init_writes_a_repository_that_says_what_is_still_missing(ragate: Ragate
     assert "testset.jsonl: no such test set; name one with --testset" in sentence(ragate("eval"))
     assert "ragate eval" in sentence(ragate("report"))
     assert not Path(".ragate").exists()
+
+
+def test_init_asks_what_differs_where_there_is_a_terminal(
+    ragate: Ragate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal("mine.csv\nmyapp.rag:answer\n\n0.03\n"))
+    assert ragate("init").code == 0
+    written = tomllib.loads(Path("ragate.toml").read_text())
+    assert written["testset"] == "mine.csv"
+    assert (written["target"], written["judge"], written["threshold"]) == ("myapp.rag:answer", "auto", 0.03)
+    monkeypatch.setattr(sys, "stdin", Terminal(""))
+    assert ragate("init", "--yes", "--force").code == 0
+    assert tomllib.loads(Path("ragate.toml").read_text())["testset"] == "testset.jsonl"
+    assert "threshold must be above 0" in sentence(_answered(ragate, monkeypatch, Terminal("\n\n\nmuch\n")))
+
+
+def _answered(ragate: Ragate, monkeypatch: pytest.MonkeyPatch, answers: io.StringIO) -> Ended:
+    """`ragate init` with these answers; what click asked on stderr or stdout is left out."""
+    monkeypatch.setattr(sys, "stdin", answers)
+    return ragate("init", "--force")
 
 
 def test_models_that_are_not_in_the_cache_are_listed_and_named_with_the_command_that_fetches_them(
