@@ -116,7 +116,7 @@ def shell(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
 def test_help_names_every_command_and_version_is_that_of_the_package(ragate: Ragate) -> None:
     shown = ragate("--help")
     assert shown.code == 0
-    commands = ("init", "eval", "check", "baseline", "report", "models", "doctor")
+    commands = ("init", "eval", "check", "baseline", "report", "compare", "show", "models", "doctor")
     assert all(re.search(rf"^  {command} ", shown.out, re.MULTILINE) for command in commands)
     assert ragate("--version") == (0, f"ragate, version {__version__}\n", "")
 
