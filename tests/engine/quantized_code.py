@@ -34,7 +34,7 @@ def compiled(bits: int, group: int, kind: int, rows: int, out: int, width: int) 
     fixed = {
         "BM": tile.rows, "BN": tile.columns, "S": segments, "BLOCKS": tile.inner // walk.block, "LOW": low,
         "HIGH": high, "BITS": bits, "GROUP": group, "GROUPS": walk.groups, "KIND": kind, "COUNTED": True,
-        "HAS_BIAS": False, "GATED": False, "GELU": False, "STAGES": tile.stages, "ASM": True, "PDL": True, "EVEN": True,
+        "HAS_BIAS": False, "GATED": False, "GELU": False, "STAGES": tile.stages, "ASM": 2, "PDL": True, "EVEN": True,
     }  # fmt: skip
     types = {
         "bias": "*bf16",

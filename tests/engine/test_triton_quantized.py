@@ -299,6 +299,8 @@ def run_ptx(
         elif operation == "shf.l.wrap.b32":
             assert a == others[0] and others[1] < 32
             found = (a << others[1] | a >> 32 - others[1]) & 0xFFFFFFFF
+        elif operation == "xor.b32":
+            found = a ^ others[0]
         elif operation == "and.b32":
             found = a & others[0]
         elif operation == "or.b32":
@@ -322,9 +324,10 @@ def run_ptx(
     return halves(registers["$0"]).tolist()
 
 
+@pytest.mark.parametrize("hopper", [True, False])
 @pytest.mark.parametrize("kind", [CONSTANT, ZERO, OFFSET])
 @pytest.mark.parametrize("bits", PLANES)
-def test_the_instructions_unpack_every_code_in_every_place(bits: int, kind: int) -> None:
+def test_the_instructions_unpack_every_code_in_every_place(bits: int, kind: int, hopper: bool) -> None:
     low, high = PLANES[bits]
     planes = 16 // low
     places = [(i, q) for q in range(low // high if high else 1) for i in range(planes)]
@@ -334,7 +337,7 @@ def test_the_instructions_unpack_every_code_in_every_place(bits: int, kind: int)
     codes = range(1 << bits)
     for i, q in places:
         field = (q * planes + i) * high
-        text = _instructions(low, high, kind, 128 + (1 << bits - 1 if kind == CONSTANT else 0))
+        text = _instructions(low, high, kind, 128 + (1 << bits - 1 if kind == CONSTANT else 0), hopper)
         turn = field if high == 4 else (low - field) % 32
         for first, second in zip(codes, reversed(codes), strict=True):
             words = [0xFFFFFFFF, 0xFFFFFFFF]  # neighbours' bits must not matter

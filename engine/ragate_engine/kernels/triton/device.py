@@ -14,6 +14,9 @@ PDL = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 COMPILED = os.environ.get("TRITON_INTERPRET") != "1"
 """Whether kernels run as machine code: the interpreter knows no inline assembly."""
 
+ASM = int(COMPILED) + int(COMPILED and PDL)
+"""What kernels write in assembly: 0 nothing, 1 what cards from Ampere on know, 2 what Hopper knows."""
+
 
 def launch() -> dict[str, Any]:
     """Launch options that go with `PDL`."""

@@ -268,11 +268,20 @@ class Tile(NamedTuple):
 
 
 @triton.constexpr_function
-def _instructions(LOW, HIGH, KIND, CONST):
+def _instructions(LOW, HIGH, KIND, CONST, HOPPER):
     """PTX of two neighbouring weights, all operands in pairs: $0 from low words $1 shifted right by $2, high words $3
-    shifted by $4 (HIGH = 4) or turned left by it, scales $5, and $6 beside them."""
+    shifted by $4 (HIGH = 4) or turned left by it, scales $5, and $6 beside them.
+
+    Cards before Hopper know bfloat16 only in fused steps, which round the same sums and products."""
+
+    def subtract(value, other):
+        if HOPPER:
+            return [f"sub.rn.bf16x2 {value}, {value}, {other};"]
+        return [f"xor.b32 v, {other}, 0x80008000;", f"fma.rn.bf16x2 {value}, {value}, one, v;"]
+
     mask = (1 << LOW) - 1
-    code = ["and.b32 s, $2, 31;", "shr.b32 t, $1, s;"]
+    code = ["mov.b32 one, 0x3f803f80;", "mov.b32 none, 0x80008000;"] if not HOPPER else []
+    code += ["and.b32 s, $2, 31;", "shr.b32 t, $1, s;"]
     code += [f"lop3.b32 t, t, {mask << 16 | mask:#x}, 0x43004300, 0xea;"]
     if HIGH in (1, 2):
         above = ((1 << HIGH) - 1) << LOW
@@ -288,15 +297,18 @@ def _instructions(LOW, HIGH, KIND, CONST):
             "shr.b32 u, $3, s;",
             "lop3.b32 u, u, 0x000f000f, 0x45004500, 0xea;",
             f"mov.b32 c, {_pair(2048 + CONST)};",
-            "sub.rn.bf16x2 u, u, c;",
-            "add.rn.bf16x2 t, t, u;",
+            *subtract("u", "c"),
+            "add.rn.bf16x2 t, t, u;" if HOPPER else "fma.rn.bf16x2 t, u, one, t;",
         ]
     if KIND == 1:
-        code += ["sub.rn.bf16x2 t, t, $6;"]
+        code += subtract("t", "$6")
     elif HIGH != 4:
-        code += [f"mov.b32 c, {_pair(CONST)};", "sub.rn.bf16x2 t, t, c;"]
-    code += ["fma.rn.bf16x2 $0, t, $5, $6;" if KIND == 2 else "mul.rn.bf16x2 $0, t, $5;"]
-    return "{\n.reg .b32 t, u, c, s;\n" + "\n".join(code) + "\n}"
+        code += [f"mov.b32 c, {_pair(CONST)};", *subtract("t", "c")]
+    if KIND == 2:
+        code += ["fma.rn.bf16x2 $0, t, $5, $6;"]
+    else:
+        code += ["mul.rn.bf16x2 $0, t, $5;" if HOPPER else "fma.rn.bf16x2 $0, t, $5, none;"]
+    return "{\n.reg .b32 t, u, c, s, v, one, none;\n" + "\n".join(code) + "\n}"
 
 
 @triton.constexpr_function
@@ -362,9 +374,9 @@ def _weights(
     high = tl.broadcast_to(high.reshape(T * 8, 4, 1, 1, 2, 2, 2), shape)
     scale = tl.broadcast_to(scale, shape)
     beside = tl.broadcast_to(beside, shape)
-    if ASM:
+    if ASM > 0:
         CONST: tl.constexpr = 128 + (2 ** (BITS - 1) if KIND == 0 else 0)
-        words: tl.constexpr = _instructions(LOW, HIGH, KIND, CONST)
+        words: tl.constexpr = _instructions(LOW, HIGH, KIND, CONST, ASM > 1)
         if HIGH < 4:
             turn = (LOW - turn) & 31
         right = tl.broadcast_to(right.to(tl.int16), shape)
@@ -408,7 +420,7 @@ def _settled(acc, ASM: tl.constexpr):
 
     It would otherwise let them run on into the next step, whose weights are unpacked into the registers they read.
     """
-    if ASM:
+    if ASM > 0:
         acc = tl.inline_asm_elementwise("", "=r,0", [acc], dtype=tl.float32, is_pure=False, pack=1)
     return acc
 
@@ -507,7 +519,7 @@ def _few(
                 a = tl.load(x_at + (b + i) * B, inside, 0.0)
             else:
                 a = tl.load(x_at + (b + i) * B, inside & ((b + i) * B + column < K), 0.0)
-            if not ASM:  # the interpreter multiplies no bfloat16
+            if ASM == 0:  # the interpreter multiplies no bfloat16
                 a = a.to(tl.float32)
             if S == 1:
                 acc = tl.dot(w.reshape(BN, B), a.T, acc, input_precision="ieee")
@@ -576,7 +588,7 @@ def _many(
                 words, above, scale, beside, T, i % Q * (16 // LOW), LOW, HIGH, GROUPS, KIND, BITS, ASM
             )
             a = x.load([m, (b + i) * B])
-            if not ASM:
+            if ASM == 0:
                 a = a.to(tl.float32)
             acc = _settled(tl.dot(w.reshape(BN, B), a.T, acc, input_precision="ieee"), ASM)
     if S > 1:
@@ -621,7 +633,7 @@ def _summed(
         acc = tl.zeros((BM, BN), tl.float32)
         for k in tl.range(segment * SPAN, segment * SPAN + SPAN, BK, num_stages=STAGES):
             a, b = x.load([m, k]), w.load([n, k])
-            if not ASM:
+            if ASM == 0:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             acc = tl.dot(a, b.T, acc, input_precision="ieee")
         total += acc
@@ -685,7 +697,7 @@ def unpacked(packed: PackedQuant) -> torch.Tensor:
     w = torch.empty(N, K, dtype=torch.bfloat16, device=packed.low.device)
     _dense[(columns // walk.step, triton.cdiv(N, 64))](
         packed.low, packed.low if packed.high is None else packed.high, packed.scales, w, N, K, columns, 64, low, high,
-        packed.bits, packed.group, walk.groups, packed.kind, walk.step // walk.block, packed.gated, device.COMPILED,
+        packed.bits, packed.group, walk.groups, packed.kind, walk.step // walk.block, packed.gated, device.ASM,
         device.PDL, num_warps=4, **device.launch(),
     )  # fmt: skip
     return w
@@ -768,7 +780,7 @@ def product(
         packed.group, walk.groups, packed.kind,
     )  # fmt: skip
     options = (
-        rows is not None, bias is not None, packed.gated, gelu, tile.stages, device.COMPILED, device.PDL,
+        rows is not None, bias is not None, packed.gated, gelu, tile.stages, device.ASM, device.PDL,
     )  # fmt: skip
     if tile.few:
         _few[(tiles_n, tiles_m)](
@@ -812,7 +824,7 @@ def _product_unpacked(
     _summed[(triton.cdiv(M, BM) * triton.cdiv(N, BN),)](
         TensorDescriptor(x, [M, K], [x.stride(0), 1], [BM, 64]), TensorDescriptor(w, [N, K], [K, 1], [BN, 64]),
         x if bias is None else bias, y, x if rows is None else rows, M, N, K, span, y.stride(0), BM, BN, 64, S,
-        rows is not None, bias is not None, 3, device.COMPILED, device.PDL, num_warps=8, **device.launch(),
+        rows is not None, bias is not None, 3, device.ASM, device.PDL, num_warps=8, **device.launch(),
     )  # fmt: skip
     return y
 
