@@ -36,8 +36,7 @@ def render_badge(gate: GateResult | None, label: str = "RAG gate") -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + right}" height="20" role="img" '
         f"aria-label={quoteattr(said)}><title>{escape(said)}</title>"
-        f'<clipPath id="r"><rect width="{left + right}" height="20" rx="3"/></clipPath>'
-        f'<g clip-path="url(#r)"><rect width="{left}" height="20" fill="#30363d"/>'
-        f'<rect x="{left}" width="{right}" height="20" fill="{COLOURS[word]}"/></g>'
+        f'<rect width="{left + right}" height="20" rx="3" fill="{COLOURS[word]}"/>'
+        f'<path d="M3 0H{left}V20H3a3 3 0 0 1-3-3V3a3 3 0 0 1 3-3z" fill="#30363d"/>'
         f'<g fill="#fff" font-family="Verdana,DejaVu Sans,Geneva,sans-serif" font-size="11">{texts}</g></svg>\n'
     )

@@ -76,7 +76,7 @@ def render_comment(
 
 def escape(text: str, longest: int = 400) -> str:
     """Text of others for the inside of a line: shown as it is, formatting, linking and mentioning nothing."""
-    text = shorten(plain(text), longest)
+    text = _shown(text, longest)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     # what Markdown, its tables and GitHub's formulas read
     text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
@@ -86,6 +86,11 @@ def escape(text: str, longest: int = 400) -> str:
     # what would begin a list, a rule or a heading where the line begins with it
     text = re.sub(r"^([-+=]|\d+(?=[.)]))", lambda m: f"\\{m[0]}" if m[0] in "-+=" else f"{m[0]}&#8203;", text)
     return re.sub(r"(?i)\b(www(?=\.)|GH-(?=\d))", r"\1&#8203;", text)
+
+
+def _shown(text: str, longest: int) -> str:
+    """`text` on one line of at most `longest` characters; of a megabyte no more is read than may be shown."""
+    return shorten(plain(text[: 64 * longest]), longest)
 
 
 def _opening(run: Run, gate: GateResult | None, baseline: Baseline | None, notes: Sequence[str]) -> list[str]:
@@ -272,7 +277,7 @@ def _is_link(url: str | None) -> bool:
 
 def _prose(text: str, longest: int = 400) -> str:
     """A sentence of ours, which may name items and fields of others: escaped, but our commands stay code."""
-    pieces = COMMAND.split(shorten(plain(text), longest))
+    pieces = COMMAND.split(_shown(text, longest))
     return "".join(piece if i % 2 else _keep_ends(piece) for i, piece in enumerate(pieces))
 
 
