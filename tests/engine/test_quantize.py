@@ -1,4 +1,4 @@
-"""RTN, GPTQ and AWQ against plain references; whole models quantized, stopped, resumed, opened and asked."""
+"""Whole models quantized, stopped, resumed, opened and asked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from models import cached_model
 from safetensors.torch import load_file
 from test_against_transformers import logits_of, tiny_config
+from test_quantizers import plain_gptq
 from tiny_gguf import write_tiny
 
 from bench.random_model import TINY, random_checkpoint, write_safetensors
@@ -28,266 +28,13 @@ from ragate_engine.kernels.reference import rms_norm
 from ragate_engine.layers import dense, rope_tables
 from ragate_engine.quant.packed import unpack_awq, unpack_gptq
 from ragate_engine.quantize import calibrate, quantize
-from ragate_engine.quantize.awq import Sample, awq, clip, find_scales
-from ragate_engine.quantize.gptq import Hessian, gptq
 from ragate_engine.quantize.layer import STAGES, run_layer
 from ragate_engine.quantize.recipe import Recipe
-from ragate_engine.quantize.rtn import rtn
 from ragate_engine.quantize.write import read_layer, shard_path
 from ragate_engine.weights import Checkpoint, names, open_checkpoint
 from ragate_engine.weights.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
-
-
-def activations(width: int, count: int = 1024, seed: int = 0) -> torch.Tensor:
-    """Inputs as in language models: channels that go together, and some far larger than others."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.eye(width) + 0.3 * torch.randn(width, width, generator=generator)
-    return (torch.randn(count, width, generator=generator) @ mix) * torch.exp(
-        torch.randn(width, generator=generator)
-    )
-
-
-def weights(out: int, width: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(out, width, generator=torch.Generator().manual_seed(seed)) * width**-0.5
-
-
-def loss(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> float:
-    return float((x @ (other - weight).T).square().mean())
-
-
-# --- round to nearest -----------------------------------------------------------------------------------
-
-
-def plain_grid(row: list[float], bits: int, symmetric: bool) -> tuple[float, int]:
-    """AutoGPTQ's Quantizer.find_params for one group, with the scale rounded to float16 at once."""
-    low, high = min(0.0, *row), max(0.0, *row)
-    if symmetric:
-        high = max(-low, high)
-        low = -high
-    scale = float(np.float16(np.float32((np.float32(high) - np.float32(low)) / np.float32(2**bits - 1))))
-    return scale, 2 ** (bits - 1) if symmetric else min(2**bits - 1, round(-low / scale))
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_rounding_is_that_of_a_loop_over_groups(bits: int, symmetric: bool) -> None:
-    weight = weights(5, 48)
-    weight[1] = weight[1].abs() + 0.5  # a grid that would not reach zero, were it not made to
-    found = rtn(weight, bits, 16, symmetric)
-    for o in range(5):
-        for g in range(3):
-            row = weight[o, 16 * g : 16 * g + 16].tolist()
-            scale, zero = plain_grid(row, bits, symmetric)
-            assert (float(found.scales[o, g]), int(found.zeros[o, g])) == (scale, zero)
-            codes = [min(2**bits - 1, max(0, round(w / scale) + zero)) for w in row]
-            assert found.codes[o, 16 * g : 16 * g + 16].tolist() == codes
-    assert torch.equal(found.scales, found.scales.half().float())
-
-
-def test_each_weight_lies_within_half_a_step_of_the_grid() -> None:
-    weight = weights(8, 64)
-    found = rtn(weight, 4, 32, symmetric=False)
-    error = (found.dequantize() - weight).abs().unflatten(1, (2, 32))
-    assert bool((error <= 0.501 * found.scales.unsqueeze(-1)).all())
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_zero_points_above_zero_cost_a_group_of_positive_weights_one_step_of_its_grid(bits: int) -> None:
-    weight = weights(4, 32).abs() + 0.1
-    found = rtn(weight, bits, 32, symmetric=False, least_zero=1)
-    assert found.zeros.tolist() == [[1]] * 4
-    assert bool(((found.dequantize() - weight).abs() <= 0.51 * weight.amax() / (2**bits - 2)).all())
-
-
-def test_a_group_of_zeros_stays_zero() -> None:
-    assert rtn(torch.zeros(2, 32), 4, 16, symmetric=False, least_zero=1).dequantize().count_nonzero() == 0
-
-
-# --- GPTQ -----------------------------------------------------------------------------------------------
-
-
-def plain_gptq(
-    weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, symmetric: bool, order: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [out, in] and g_idx [in], column by column as in section 3 of the paper: no blocks, no Cholesky.
-
-    After a column is rounded, it is eliminated from the inverse Hessian (equation 3).
-    """
-    width = weight.shape[1]
-    chosen = list(range(width))
-    if order != "given":
-        chosen.sort(key=lambda i: -float(hessian[i, i]))
-    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(width, dtype=hessian.dtype)
-    inverse = torch.linalg.inv(damped)[chosen][:, chosen]
-    rest = weight[:, chosen].clone()
-    ahead = [
-        [plain_grid(row[g : g + group].tolist(), bits, symmetric) for row in weight]
-        for g in range(0, width, group)
-    ]
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
-    g_idx = torch.empty(width, dtype=torch.int64)
-    for place, column in enumerate(chosen):
-        if order == "static":
-            grids, g_idx[column] = ahead[column // group], column // group
-        else:
-            if place % group == 0:
-                grids = [plain_grid(row.tolist(), bits, symmetric) for row in rest[:, place : place + group]]
-            g_idx[column] = place // group
-        scale, zero = torch.tensor(grids, dtype=weight.dtype).T
-        code = (torch.round(rest[:, place] / scale) + zero).clamp(0, 2**bits - 1)
-        codes[:, column] = code.to(torch.uint8)
-        error = (rest[:, place] - scale * (code - zero)) / inverse[0, 0]
-        rest[:, place:] -= error[:, None] * inverse[0]
-        inverse = (inverse - inverse[:, :1] * inverse[:1] / inverse[0, 0])[1:, 1:]
-    return codes, g_idx
-
-
-@pytest.mark.parametrize("order", ["given", "static", "grouped"])
-@pytest.mark.parametrize(
-    ("width", "group", "bits", "symmetric"),
-    [
-        (48, 16, 2, False),
-        (96, 32, 3, True),
-        (256, 64, 4, False),
-        (192, 48, 4, False),
-        (384, 192, 4, True),
-        (160, 160, 8, False),
-    ],
-)
-def test_gptq_in_blocks_equals_the_paper_column_by_column(
-    width: int, group: int, bits: int, symmetric: bool, order: str
-) -> None:
-    x = activations(width).double()
-    weight, hessian = weights(24, width).double(), 2 * x.T @ x / len(x)
-    found = gptq(weight, hessian, bits, group, symmetric, order)  # type: ignore[arg-type]
-    codes, g_idx = plain_gptq(weight, hessian, bits, group, symmetric, order)
-    assert torch.equal(found.g_idx.long(), g_idx)
-    assert torch.equal(found.codes, codes)
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("order", ["static", "grouped"])
-def test_gptq_loses_less_than_half_of_what_rounding_loses(bits: int, order: str) -> None:
-    x, weight = activations(192), weights(64, 192)
-    hessian = Hessian(192, CPU)
-    for part in x.split(100):
-        hessian.add(part)
-    assert torch.allclose(hessian.mean(), 2 * x.T @ x / len(x), rtol=1e-4, atol=1e-3)
-    found = gptq(weight, hessian.mean(), bits, 64, False, order)  # type: ignore[arg-type]
-    rounded = rtn(weight, bits, 64, symmetric=False)
-    fresh = activations(192)[512:]
-    assert loss(fresh, weight, found.dequantize()) < 0.5 * loss(fresh, weight, rounded.dequantize())
-
-
-def test_inputs_that_are_never_used_get_no_weight_and_do_no_harm() -> None:
-    x, weight = activations(64), weights(16, 64)
-    x[:, 5] = 0
-    found = gptq(weight, x.T @ x, 4, 32, symmetric=False)
-    assert found.dequantize()[:, 5].count_nonzero() == 0
-    assert loss(x, weight, found.dequantize()) < loss(x, weight, rtn(weight, 4, 32, False).dequantize())
-
-
-# --- AWQ ------------------------------------------------------------------------------------------------
-
-
-def pseudo_quantize(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """llm-awq's pseudo_quantize_tensor, with scales in float16 as they are stored."""
-    groups = weight.reshape(-1, group)
-    high, low = groups.amax(1, keepdim=True).clamp(min=0), groups.amin(1, keepdim=True).clamp(max=0)
-    scales = ((high - low).clamp(min=1e-5) / (2**bits - 1)).half().float()
-    zeros = (-torch.round(low / scales)).clamp(0, 2**bits - 1)
-    codes = torch.clamp(torch.round(groups / scales) + zeros, 0, 2**bits - 1)
-    return ((codes - zeros) * scales).reshape(weight.shape)
-
-
-def test_scales_are_those_of_the_published_search() -> None:
-    x, pair = activations(64, 200), [weights(24, 64), weights(40, 64, seed=2)]
-    size = x.abs().mean(0)
-    tried = []
-    for step in range(20):  # llm-awq, auto_scale.py, _search_module_scale
-        scales = size.pow(step / 20).clamp(min=1e-4).view(-1)
-        scales = scales / (scales.max() * scales.min()).sqrt()
-        lost = sum(
-            float((x @ w.T - x @ (pseudo_quantize(w * scales, 4, 32) / scales).T).pow(2).sum()) for w in pair
-        )
-        tried.append((lost, scales))
-    least, expected = min(tried, key=lambda each: each[0])
-    found = find_scales(pair, x, size, 4, 32)
-    assert torch.allclose(found, expected)
-    assert least < 0.8 * tried[0][0]  # there was something to be found
-
-
-def test_clipping_is_that_of_the_published_search() -> None:
-    x, weight = activations(64, 100), weights(8, 64)
-    weight[:, ::16] *= 4
-    expected = weight.clone()
-    for o in range(8):  # llm-awq, auto_clip.py, one group at a time
-        for g in (slice(0, 32), slice(32, 64)):
-            row, best = weight[o, g], (float("inf"), 0.0)
-            for step in range(10):
-                limit = float(row.abs().max()) * (1 - step / 20)
-                change = pseudo_quantize(row.clamp(-limit, limit)[None], 4, 32)[0] - row
-                best = min(best, (float((x[:, g] @ change).pow(2).mean()), limit), key=lambda each: each[0])
-            expected[o, g] = row.clamp(-best[1], best[1])
-    found = clip(weight, x, 4, 32)
-    assert torch.allclose(found, expected)
-    assert not torch.equal(found, weight)
-
-
-def test_a_sample_keeps_evenly_spaced_tokens_and_the_mean_of_all() -> None:
-    x = torch.randn(1500, 8)
-    sample = Sample(8, 1500, CPU)
-    for part in x.split([700, 1, 799]):
-        sample.add(part)
-    assert torch.equal(sample.tokens(), x[::3])
-    assert torch.allclose(sample.magnitude(), x.abs().mean(0), atol=1e-6)
-
-
-MHA = ModelConfig("qwen2", 64, 64, 96, 1, 4, 4, 16, 128, qkv_bias=True)
-GEMMA = replace(MHA, arch="gemma3", num_kv_heads=2, sandwich_norm=True, qkv_bias=False, qk_norm=True)
-
-
-def random_layer(config: ModelConfig) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    layer = {}
-    for name, shape in names.expected(config).items():
-        if name.startswith("layers.0."):
-            drawn = torch.randn(shape, generator=generator)
-            layer[name.removeprefix("layers.0.")] = (
-                drawn * shape[-1] ** -0.5 if len(shape) == 2 else torch.exp(drawn)
-            )
-    return layer
-
-
-@pytest.mark.parametrize("config", [MHA, replace(MHA, num_kv_heads=2), GEMMA])
-def test_scales_are_folded_so_that_the_layer_stays_what_it_was(config: ModelConfig) -> None:
-    layer, h = random_layer(config), torch.randn(100, 64, generator=torch.Generator().manual_seed(4))
-    tables = rope_tables(config.rope, 16, 128, CPU)
-    samples = {stage: Sample(layer[leaves[0]].shape[1], 100, CPU) for stage, leaves in STAGES.items()}
-    before = run_layer(layer, config, 0, tables, h, lambda stage, x: samples[stage].add(x))
-    # so fine that only a mistake in folding would show
-    fine = SimpleNamespace(bits=8, group_of=lambda width: 8)
-    plain, linears = awq(layer, samples, fine, 16)  # type: ignore[arg-type]
-    after = run_layer(plain | {leaf: q.dequantize() for leaf, q in linears.items()}, config, 0, tables, h)
-    assert float((after - before).norm() / before.norm()) < 0.03
-    assert not torch.allclose(plain["attn_norm"], layer["attn_norm"], rtol=0.05)
-    if config.qkv_bias:
-        assert not torch.allclose(plain["v_bias"], layer["v_bias"], rtol=0.05)
-
-
-@pytest.mark.parametrize("config", [MHA, GEMMA])
-def test_awq_loses_less_than_rounding(config: ModelConfig) -> None:
-    layer, h = random_layer(config), activations(64, 300)
-    tables = rope_tables(config.rope, 16, 300, CPU)
-    samples = {stage: Sample(layer[leaves[0]].shape[1], 300, CPU) for stage, leaves in STAGES.items()}
-    exact = run_layer(layer, config, 0, tables, h, lambda stage, x: samples[stage].add(x))
-    plain, linears = awq(layer, samples, Recipe("awq", 4, 32), 16)
-    found = run_layer(plain | {leaf: q.dequantize() for leaf, q in linears.items()}, config, 0, tables, h)
-    rounded = {leaf: rtn(layer[leaf], 4, 32, False).dequantize() for leaf in linears}
-    baseline = run_layer(layer | rounded, config, 0, tables, h)
-    assert float((found - exact).square().mean()) < 0.7 * float((baseline - exact).square().mean())
 
 
 # --- whole models ---------------------------------------------------------------------------------------
@@ -607,8 +354,7 @@ def test_the_tokenizer_of_a_real_gguf_file_survives(name: str, tmp_path: Path) -
 def test_gptq_and_awq_keep_a_real_model_nearer_to_itself_than_rounding(tmp_path: Path) -> None:
     """KL divergence of the next token to Qwen-0.5B's own, over documents that calibration has not seen.
 
-    Measured: rtn 0.0961, gptq 0.0510, awq 0.0907. Scaling by activations finds little in this model (for most of its
-    linears the best exponent is 0), so AWQ is asked only not to lose by it.
+    Measured: rtn 0.0961, gptq 0.0510, awq 0.0497.
     """
     source = open_checkpoint(cached_model("qwen-0.5b"))
     assert source.tokenizer is not None
@@ -629,7 +375,7 @@ def test_gptq_and_awq_keep_a_real_model_nearer_to_itself_than_rounding(tmp_path:
     print(lost)
     assert 0.01 < lost["rtn"] < 0.5
     assert lost["gptq"] < 0.7 * lost["rtn"]
-    assert lost["awq"] < lost["rtn"]
+    assert lost["awq"] < 0.7 * lost["rtn"]
 
 
 def logits_of_each(checkpoint: Checkpoint, texts: list[list[int]], layers: Layers) -> Iterator[torch.Tensor]:

@@ -1,27 +1,38 @@
-"""AWQ (Lin et al. 2023, arXiv 2306.00978): channels with large activations are scaled up before rounding.
+"""AWQ (Lin et al. 2023, arXiv 2306.00978): channels whose errors cost much are scaled up before rounding.
 
 The scales of a linear's input channels are folded into the operation before it, so that the model stays what it was;
-then extremes that cost more than they are worth are clipped, and the rest is rounded to nearest.
+then the range of each group is clipped where that costs less than it gains, and the weights are rounded to nearest.
+As in the paper both are chosen by what a block puts out, not by the weights' own errors. Unlike its code, scales are
+not powers of the activations' magnitude, but the best there are for each channel (`find_scales`), and the groups of a
+row are clipped with regard to each other (`rounded`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ragate_engine.quantize.layer import STAGES
-from ragate_engine.quantize.rtn import Quantized, rtn
+from ragate_engine.kernels.reference import act_mul
+from ragate_engine.quantize.layer import LINEARS, STAGES, attention_costs
+from ragate_engine.quantize.rtn import Quantized, codes_on, find_grid, trivial_index
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from ragate_engine.config import ModelConfig
     from ragate_engine.quantize.recipe import Recipe
 
-GRID = 20
-"""Exponents tried for the scales, and steps into which the clipping range is cut (of which half are tried)."""
+SHARES = tuple(1 - step / 30 for step in range(13))
+"""Of a group's range: what is tried of it, down to 0.6."""
+SWEEPS = 2
+"""How often every group of a row is chosen, given the errors of the others."""
+STEPS, RATE = 60, 0.1
+"""Of the descent to the best scales, in their logarithms."""
+ROWS = 4096
+"""Rows, evenly spaced, that scales are found for, at most."""
 SAMPLE_TOKENS = 512
-"""Tokens, evenly spaced over the calibration, on whose outputs candidates are compared."""
+"""Tokens, evenly spaced over the calibration, that tell how much each row of an MLP counts."""
 
 FOLDS: dict[str, tuple[str, ...]] = {
     "qkv": ("attn_norm",),
@@ -33,109 +44,213 @@ FOLDS: dict[str, tuple[str, ...]] = {
 
 FOLDED = frozenset(leaf for leaves in FOLDS.values() for leaf in leaves)
 
+_STAGE = {leaf: stage for stage, leaves in STAGES.items() for leaf in leaves}
+
 
 class Sample:
-    """Of a linear's inputs: the mean magnitude of each channel, and some tokens."""
+    """Some of the tokens that go into a linear."""
 
-    def __init__(self, width: int, tokens: int, device: torch.device) -> None:
+    def __init__(self, tokens: int) -> None:
         """`tokens`: how many will come."""
-        self.size = torch.zeros(width, device=device)
         self.count = 0
         self.stride = max(1, -(-tokens // SAMPLE_TOKENS))
         self._kept: list[torch.Tensor] = []
 
     def add(self, x: torch.Tensor) -> None:
         """Take in inputs [n, in] of any dtype."""
-        wide = x.float()
-        self.size += wide.abs().sum(0)
-        self._kept.append(wide[-self.count % self.stride :: self.stride].clone())
+        self._kept.append(x[-self.count % self.stride :: self.stride].float())
         self.count += len(x)
-
-    def magnitude(self) -> torch.Tensor:
-        """The mean of |x|, float32 [in]."""
-        return self.size / max(self.count, 1)
 
     def tokens(self) -> torch.Tensor:
         """Inputs, float32 [about 512 at most, in]."""
         return torch.cat(self._kept)
 
 
+class Seen:
+    """A layer's activations, as far as AWQ must know them."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        config: ModelConfig,
+        index: int,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        tokens: int,
+    ) -> None:
+        """Of layer `index` with `weights`, float32 by leaf; `tables` as for `run_layer`; `tokens` will come."""
+        self._weights, self._config, self._index, self._tables = weights, config, index, tables
+        self._count = dict.fromkeys(STAGES, 0)
+        self._total: dict[str, torch.Tensor] = {}
+        self._sample = Sample(tokens)
+
+    def add(self, stage: str, x: torch.Tensor) -> None:
+        """Take in the inputs of a stage, [n, in] of any dtype, of one whole sequence."""
+        wide = x.float()
+        if stage == "qkv":
+            costs = attention_costs(self._weights, self._config, self._index, self._tables, wide)
+            for leaf, cost in costs.items():
+                self._gather(leaf, wide * cost.unsqueeze(1), wide)
+        else:
+            self._gather(stage, wide, wide)
+        if stage == "gate_up":
+            self._sample.add(wide)
+        self._count[stage] += len(x)
+
+    def _gather(self, key: str, left: torch.Tensor, right: torch.Tensor) -> None:
+        width = left.shape[1]
+        total = self._total.setdefault(key, left.new_zeros(width, width))
+        total.addmm_(left.T, right)
+
+    def gram(self, leaf: str) -> torch.Tensor:
+        """Mean of x x^T of a linear's inputs, each weighted by what an error costs there: float32 [in, in]."""
+        stage = _STAGE[leaf]
+        return self._total[leaf if stage == "qkv" else stage] / max(self._count[stage], 1)
+
+    def row_costs(self, leaf: str) -> torch.Tensor:
+        """What an error of each output of a linear costs the block's output, float32 [out], all of a stage alike."""
+        weight = self._weights[leaf]
+        if leaf == "v":
+            config = self._config
+            heads = self._weights["o"].square().sum(0).view(config.num_kv_heads, -1, config.head_dim)
+            return heads.sum(1).flatten()
+        if leaf in STAGES["gate_up"]:
+            return self._mlp_costs()[STAGES["gate_up"].index(leaf)]
+        return weight.new_ones(len(weight))
+
+    def _mlp_costs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of gate and up: the mean square of the activation's slope, times the column of `down` that it meets."""
+        x = self._sample.tokens()
+        pair = torch.cat([x @ self._weights[leaf].T for leaf in STAGES["gate_up"]], dim=1)
+        with torch.inference_mode(False), torch.enable_grad():
+            inner = pair.clone().requires_grad_()
+            act_mul(inner, self._config.activation).sum().backward()
+            assert inner.grad is not None
+            slopes = inner.grad.square().mean(0)
+        met = self._weights["down"].square().sum(0)
+        gate, up = slopes.chunk(2)
+        return gate * met, up * met
+
+
+class Rows(NamedTuple):
+    """A linear, and what its errors cost."""
+
+    weight: torch.Tensor
+    """float32 [out, in]."""
+    power: torch.Tensor
+    """Of its inputs: the mean of their weighted squares, float32 [in]."""
+    costs: torch.Tensor
+    """Of its outputs, float32 [out]."""
+
+
 def awq(
-    weights: Mapping[str, torch.Tensor], samples: Mapping[str, Sample], recipe: Recipe, head_dim: int
+    weights: Mapping[str, torch.Tensor], seen: Seen, recipe: Recipe, config: ModelConfig
 ) -> tuple[dict[str, torch.Tensor], dict[str, Quantized]]:
-    """Quantize a layer's `weights` (float32 by leaf) for the inputs of each stage, `samples`.
+    """Quantize a layer's `weights` (float32 by leaf) for the activations that were `seen`.
 
     Returns the layer's other tensors, scales folded in, and its linears. Where several heads share a KV head, so do
     their channels of the input of `o` share a scale: it is folded into one row of `v`.
     """
     scaled = {leaf: tensor.clone() for leaf, tensor in weights.items()}
-    tokens: dict[str, torch.Tensor] = {}
+    scales: dict[str, torch.Tensor] = {}
     for stage, leaves in STAGES.items():
-        before = [leaf for leaf in FOLDS[stage] if leaf in scaled]
-        size = samples[stage].magnitude()
-        heads = (
-            size.view(-1, size.numel() // len(scaled[before[0]]), head_dim)
-            if stage == "o"
-            else size.view(-1, 1, 1)
-        )
-        size = heads.mean(1, keepdim=True).expand_as(heads).flatten()
-        x, linears = samples[stage].tokens(), [scaled[leaf] for leaf in leaves]
-        scales = find_scales(linears, x, size, recipe.bits, recipe.group_of(x.shape[1]))
-        for linear in linears:
-            linear *= scales
-        folded = scales.view(heads.shape)[:, 0].flatten()
-        for leaf in before:
-            scaled[leaf] /= folded if scaled[leaf].ndim == 1 else folded.unsqueeze(1)
-        tokens[stage] = x / scales
-    quantized: dict[str, Quantized] = {}
-    for stage, leaves in STAGES.items():
+        linears = [Rows(scaled[leaf], seen.gram(leaf).diagonal(), seen.row_costs(leaf)) for leaf in leaves]
+        width = weights[leaves[0]].shape[1]
+        shape = (config.num_kv_heads, -1, config.head_dim) if stage == "o" else (1, 1, width)
+        found = find_scales(linears, recipe.group_of(width), shape)
         for leaf in leaves:
-            weight = scaled.pop(leaf)
-            # the paper's code leaves q and k alone: a clipped extreme would turn up in every score
-            group = recipe.group_of(weight.shape[1])
-            clipped = weight if leaf in ("q", "k") else clip(weight, tokens[stage], recipe.bits, group)
-            quantized[leaf] = rtn(clipped, recipe.bits, group, symmetric=False)
+            scaled[leaf] *= found
+        folded = found.view(shape)[:, 0].flatten()
+        for leaf in FOLDS[stage]:
+            if leaf in scaled:
+                scaled[leaf] /= folded if scaled[leaf].ndim == 1 else folded.unsqueeze(1)
+        scales[stage] = found
+    quantized: dict[str, Quantized] = {}
+    for leaf in LINEARS:
+        weight, scale = scaled.pop(leaf), scales[_STAGE[leaf]]
+        gram = seen.gram(leaf).div_(scale).div_(scale.unsqueeze(1))
+        quantized[leaf] = rounded(weight, gram, recipe.bits, recipe.group_of(weight.shape[1]))
     return scaled, quantized
 
 
-def find_scales(
-    weights: Sequence[torch.Tensor], x: torch.Tensor, magnitude: torch.Tensor, bits: int, group: int
-) -> torch.Tensor:
-    """Scales of the input channels, float32 [in]: magnitude ** alpha with the alpha that loses least (eq. 5).
+def find_scales(linears: Sequence[Rows], group: int, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Scales of the input channels of `linears`, float32 [in], for which rounding is expected to cost least.
 
-    `weights`: float32 [out, in] each, which share the input `x`, float32 [n, in]; compared is the squared error of
-    their outputs. alpha 0 is among the candidates: plain rounding.
+    Rounding changes a weight by about a twelfth of the squared step, and the step is the group's range, so a group
+    costs sum_i power_i / s_i^2 times sum_o cost_o range_o(s)^2. In log s that is convex (a geometric program), and is
+    descended to its least (Adam); all scales 1 are where that begins. The paper has s = magnitude^alpha and tries 20
+    alphas, of which this model family often wants 0. Viewed in `shape` (a, b, c), scales are the same along b.
     """
-    best, least = torch.ones_like(magnitude), torch.inf
-    for step in range(GRID):
-        scales = magnitude.pow(step / GRID).clamp(min=1e-4)
-        scales = scales / (scales.max() * scales.min()).sqrt()
-        lost = 0.0
-        for weight in weights:
-            rounded = rtn(weight * scales, bits, group, symmetric=False).dequantize().div_(scales)
-            lost += float((x @ rounded.sub_(weight).T).square_().sum())
-        if lost < least:
-            best, least = scales, lost
-    return best
+    stride = -(-sum(len(each.weight) for each in linears) // ROWS)
+    with torch.inference_mode(False), torch.enable_grad():
+        rows = [
+            Rows(
+                weight[::stride].clone(),
+                power.clamp(min=1e-6 * power.mean()).clone(),
+                costs[::stride].clone(),
+            )
+            for weight, power, costs in linears
+        ]
+        size = linears[0].power.view(shape)
+        log = torch.zeros(size.shape[0], 1, size.shape[2], device=size.device, requires_grad=True)
+        descent = torch.optim.Adam([log], lr=RATE)
+        best, least = torch.zeros_like(size), torch.inf
+        for step in range(STEPS):
+            descent.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+            scales = log.expand_as(size).flatten().exp()
+            lost = torch.stack([_expected(each, scales, group) for each in rows]).sum().log()
+            if float(lost.detach()) < least:
+                best, least = log.detach().expand_as(size).clone(), float(lost.detach())
+            descent.zero_grad()
+            lost.backward()
+            descent.step()
+    return best.flatten().exp()
 
 
-def clip(weight: torch.Tensor, x: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """`weight`, float32 [out, in], each group clipped to the range whose rounding changes its own product least.
+def _expected(rows: Rows, scales: torch.Tensor, group: int) -> torch.Tensor:
+    """What rounding `rows`, scaled, is expected to cost, up to a factor."""
+    groups = (rows.weight * scales).unflatten(1, (-1, group))
+    span = groups.amax(-1).clamp(min=0.0) - groups.amin(-1).clamp(max=0.0)
+    power = (rows.power / scales.square()).view(-1, group).sum(1)
+    cost: torch.Tensor = (span.square().T @ rows.costs) @ power
+    return cost
 
-    Ranges are the largest magnitude times 1, 0.95, ... 0.55 (the paper's code, `auto_clip`). The squared error of a
-    group's product over the tokens is d G d^T, for d the change of its weights and G the Gram matrix of its inputs.
+
+def rounded(weight: torch.Tensor, gram: torch.Tensor, bits: int, group: int) -> Quantized:
+    """`weight`, float32 [out, in], rounded to nearest, each group on the clipped range that changes its row least.
+
+    The error of a row is d G d^T, for d its changes and G the `gram` of its inputs, float32 [in, in], with the diagonal
+    counted twice: what is true of the calibration's correlations need not be of other text. A group is chosen given
+    what the others have lost. Clipping makes weights smaller, and a little in every layer is a lot in the end: so each
+    row's scales are stretched until its output is, on the whole, as large as it was.
     """
-    groups = weight.unflatten(1, (-1, group))
-    inputs = x.unflatten(1, (-1, group)).transpose(0, 1)
-    gram = inputs.transpose(1, 2) @ inputs
-    extreme = groups.abs().amax(-1, keepdim=True)
-    best, least = extreme.clone(), torch.full_like(extreme, torch.inf)
-    for step in range(GRID // 2):
-        limit = extreme * (1 - step / GRID)
-        clipped = torch.clamp(groups, -limit, limit)
-        change = rtn(clipped.flatten(1), bits, group, symmetric=False).dequantize().sub_(weight)
-        change = change.unflatten(1, (-1, group)).transpose(0, 1)
-        lost = ((change @ gram) * change).sum(-1).T.unsqueeze(-1)
-        better = lost < least
-        best, least = torch.where(better, limit, best), torch.where(better, lost, least)
-    return torch.clamp(groups, -best, best).flatten(1)
+    gram = gram + torch.diag(gram.diagonal())
+    rows, width = weight.shape
+    change = torch.zeros_like(weight)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    scales, zeros = weight.new_empty(2, rows, width // group)
+    for _ in range(SWEEPS):
+        for g in range(width // group):
+            columns = slice(g * group, (g + 1) * group)
+            part, own = weight[:, columns].contiguous(), gram[columns, columns]
+            pull = 2 * (change @ gram[:, columns] - change[:, columns] @ own)
+            least = weight.new_full((rows,), torch.inf)
+            for share in SHARES:
+                scale, zero = find_grid(part * share, bits, symmetric=False)
+                code = codes_on(part, scale.unsqueeze(1), zero.unsqueeze(1), bits)
+                off = (code - zero.unsqueeze(1)) * scale.unsqueeze(1) - part
+                lost = ((off @ own + pull) * off).sum(1)
+                better = lost < least
+                least = torch.where(better, lost, least)
+                scales[:, g], zeros[:, g] = (
+                    torch.where(better, new, old[:, g]) for new, old in ((scale, scales), (zero, zeros))
+                )
+                wide = better.unsqueeze(1)
+                codes[:, columns] = torch.where(wide, code.to(torch.uint8), codes[:, columns])
+                change[:, columns] = torch.where(wide, off, change[:, columns])
+    seen = weight @ gram
+    size = (seen * weight).sum(1, keepdim=True)
+    stretch = (size / (size + (seen * change).sum(1, keepdim=True))).nan_to_num(1.0).clamp(0.5, 2.0)
+    stretched = (scales * stretch).half().float()
+    return Quantized(
+        bits, codes, stretched, zeros.to(torch.uint8), trivial_index(width, group, weight.device)
+    )

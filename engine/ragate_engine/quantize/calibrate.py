@@ -20,7 +20,7 @@ from ragate_engine.devices import pick_device
 from ragate_engine.errors import ConfigError, ModelFileError, OutOfMemoryError
 from ragate_engine.layers import dense, rope_tables
 from ragate_engine.quant.tensor import QuantTensor
-from ragate_engine.quantize.awq import FOLDED, Sample, awq
+from ragate_engine.quantize.awq import FOLDED, Seen, awq
 from ragate_engine.quantize.gptq import Hessian, gptq
 from ragate_engine.quantize.layer import LINEARS, STAGES, run_layer
 from ragate_engine.quantize.recipe import Recipe
@@ -51,7 +51,7 @@ STATE = "quantizing.json"
 _DIGESTS = ("source", "calibration")
 """Settings in `STATE` that are no words for people."""
 
-_VERSION = 1
+_VERSION = 2
 """Of the arithmetic: raised where the same settings give other bytes."""
 
 
@@ -156,14 +156,11 @@ class _Run:
         elif self.recipe.method == "gptq":
             quantized = self._by_gptq(index, weights, hidden, tables)
         else:
-            samples = {
-                stage: Sample(weights[leaves[0]].shape[1], self.tokens, self.device)
-                for stage, leaves in STAGES.items()
-            }
-            self._watch(index, weights, hidden, tables, samples)
-            for stage, sample in samples.items():
-                self._require_finite(index, stage, sample.magnitude())
-            folded, quantized = awq(weights, samples, self.recipe, self.config.head_dim)
+            seen = Seen(weights, self.config, index, tables, self.tokens)
+            self._watch(index, weights, hidden, tables, seen.add)
+            for stage, leaves in STAGES.items():
+                self._require_finite(index, stage, seen.gram(leaves[0]).diagonal())
+            folded, quantized = awq(weights, seen, self.recipe, self.config)
             plain = {leaf: folded[leaf] if leaf in FOLDED else tensor for leaf, tensor in plain.items()}
         return layer_tensors(self.config, index, self.recipe, plain, quantized)
 
@@ -178,7 +175,7 @@ class _Run:
         hessians = {
             stage: Hessian(weights[leaves[0]].shape[1], self.device) for stage, leaves in STAGES.items()
         }
-        self._watch(index, weights, hidden, tables, hessians)
+        self._watch(index, weights, hidden, tables, lambda stage, x: hessians[stage].add(x))
         quantized: dict[str, Quantized] = {}
         for stage, leaves in STAGES.items():
             hessian = hessians.pop(stage).mean()
@@ -222,12 +219,12 @@ class _Run:
         weights: Mapping[str, torch.Tensor],
         hidden: Sequence[torch.Tensor],
         tables: tuple[torch.Tensor, torch.Tensor],
-        watchers: Mapping[str, Hessian] | Mapping[str, Sample],
+        watch: Callable[[str, torch.Tensor], None],
     ) -> None:
-        """Show each watcher what goes into its stage."""
+        """Show what goes into each stage."""
         cast = {leaf: weight.to(self.dtype) for leaf, weight in weights.items()}
         for h in hidden:
-            run_layer(cast, self.config, index, tables, h, lambda stage, x: watchers[stage].add(x))
+            run_layer(cast, self.config, index, tables, h, watch)
 
     def _require_finite(self, index: int, stage: str, seen: torch.Tensor) -> None:
         if not bool(seen.isfinite().all()):
