@@ -274,7 +274,7 @@ def _instructions(LOW, HIGH, KIND, CONST, HOPPER):
 
     Cards before Hopper know bfloat16 only in fused steps, which round the same sums and products."""
 
-    def subtract(value, other):
+    def subtract(value: str, other: str) -> list[str]:
         if HOPPER:
             return [f"sub.rn.bf16x2 {value}, {value}, {other};"]
         return [f"xor.b32 v, {other}, 0x80008000;", f"fma.rn.bf16x2 {value}, {value}, one, v;"]
