@@ -320,6 +320,10 @@ def test_what_a_prefix_cache_computes_is_what_no_earlier_prompt_has_in_whole_blo
     assert _computed(prompts) == expected
 
 
+def test_the_last_token_of_a_prompt_is_computed_though_all_its_blocks_are_known() -> None:
+    assert _computed([[1] * 32, [1] * 32]) == 32 + 1
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.2, "1 s"), (8.4, "8 s"), (99.4, "99 s"), (150, "2 min"), (5000, "83 min"), (9000, "2.5 h")],

@@ -54,6 +54,10 @@ def test_neighbouring_changed_words_are_one_change() -> None:
     assert kinds == ["same", "lost", "added", "same"]
 
 
+def test_a_space_before_the_first_change_is_no_change() -> None:
+    assert word_diff(" a", " b") == [Piece("same", " "), Piece("lost", "a"), Piece("added", "b")]
+
+
 def test_texts_too_long_to_compare_are_replaced_whole() -> None:
     old, new = "a b " * 250_000, "b a " * 250_000
     pieces = word_diff(f"same start {old} same end", f"same start {new} same end")
