@@ -67,7 +67,10 @@ class GitHub:
     def __init__(
         self, repository: str, token: str, api: str = API, *, sleep: Callable[[float], None] = time.sleep
     ) -> None:
-        url = httpx.URL(api)
+        try:
+            url = httpx.URL(api)
+        except httpx.InvalidURL:
+            raise GitHubError(f"GITHUB_API_URL is no address: {plain(api)!r}") from None
         if url.scheme != "https" and url.host not in ("127.0.0.1", "localhost", "::1"):
             raise GitHubError(f"GITHUB_API_URL must be an https address, got {plain(api)!r}")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
@@ -154,7 +157,7 @@ class GitHub:
         """The answer to one request; `None` for 404 where `gone` says that this may be."""
         try:
             answer = self._client.request(method, self._root + path, **options)
-        except httpx.TransportError as e:
+        except httpx.RequestError as e:
             raise _TryAgainError(f"GitHub cannot be reached: {type(e).__name__}") from None
         code = answer.status_code
         if answer.is_success:
@@ -373,7 +376,11 @@ def post_artifact(
         notes = [
             "made from the files that the pull request's own run left: its scores are what that run says"
         ]
-        if baseline is not None and trusted(run) != baseline:
+        own = trusted(run)
+        if baseline is None and own is not None:
+            baseline = own
+            notes.append("the pull request's run left no baseline: it is held against the one of this branch")
+        elif baseline is not None and (own is None or not _same(own, baseline)):
             notes.append(
                 "the baseline is the pull request's own and not the one of this branch: see what changed in it"
             )
@@ -387,6 +394,11 @@ def post_artifact(
         )
         done = github.upsert_comment(number, body, comment_marker(run.suite))
     return f"comment {done} on pull request {number}"
+
+
+def _same(one: Baseline, other: Baseline) -> bool:
+    """Whether two baselines say the same; an older version says it in fewer fields."""
+    return one == other.model_copy(update={"version": one.version})
 
 
 def read_artifact(folder: Path) -> tuple[Run, Baseline | None]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -142,7 +144,11 @@ class Run(Frozen):
 
     def values(self, metric: str) -> dict[str, float]:
         """Item id -> value, for the scores of `metric` that are ok."""
-        return {s.item: s.value for s in self.scores if s.metric == metric and s.value is not None}
+        return {
+            s.item: s.value
+            for s in self.scores
+            if s.metric == metric and s.value is not None and math.isfinite(s.value)
+        }
 
     def mean(self, metric: str) -> float | None:
         """Mean of the ok scores of `metric`, or `None` where there are none."""
@@ -206,8 +212,30 @@ def load_run(path: Path) -> Run:
     except OSError as e:
         raise RunError(f"{path}: cannot read the run: {e.strerror}") from None
     try:
-        return Run.model_validate_json(data)
+        run = Run.model_validate_json(data)
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(str(p) for p in first["loc"]) or "the file"
         raise RunError(f"{path}: not a ragate run: {where}: {first['msg']}") from None
+    if wrong := _impossible(run):
+        raise RunError(f"{path}: not a ragate run: {wrong}")
+    return run
+
+
+def _impossible(run: Run) -> str | None:
+    """What no evaluation would have written and a gate must not believe, or `None`."""
+    if run.version > SCHEMA_VERSION:
+        return f"version {run.version} is newer than this ragate reads ({SCHEMA_VERSION}); update ragate"
+    named = {
+        "metric": Counter(run.metrics),
+        "item": Counter(item.id for item in run.items),
+        "score": Counter(f"{score.metric} of {score.item}" for score in run.scores),
+    }
+    for what, counts in named.items():
+        twice = next((name for name, count in counts.items() if count > 1), None)
+        if twice is not None:
+            return f"{what} {twice[:80]!r} is there twice"
+    for score in run.scores:  # NaN is a state that the gate counts
+        if score.value is not None and (score.value < 0 or score.value > 1):
+            return f"{score.metric} of item {score.item[:80]!r} is {score.value:g}, and scores lie in 0 to 1"
+    return None

@@ -23,7 +23,7 @@ from ragate.gate.baseline import (
     load_baseline,
     save_baseline,
 )
-from ragate.gate.verdict import EVALUATE_RESERVE, GateResult, decide
+from ragate.gate.verdict import EVALUATE_RESERVE, MAX_UNSCORED, GateResult, decide
 from ragate.run import Run, joined, load_run, save_run
 
 if TYPE_CHECKING:
@@ -427,15 +427,37 @@ def keep_baseline(
 ) -> Baseline:
     """Make `run` the baseline at `path`, and keep the run with its answers in the run folder.
 
-    Raises BaselineError for a partial run, ConfigError where metrics would be lost and there is no `force`.
+    Raises BaselineError for a partial run, ConfigError where metrics or the reserve would be lost, or too many items
+    have no score, and there is no `force`.
     """
     baseline = make_baseline(run, reason)
-    if not force and path.exists():
-        with suppress(BaselineError):  # a broken one is there to be replaced
-            refuse_fewer_metrics(load_baseline(path), run.metrics, path)
+    if not force:
+        _refuse_unscored(run)
+        if path.exists():
+            with suppress(BaselineError):  # a broken one is there to be replaced
+                old = load_baseline(path)
+                refuse_fewer_metrics(old, run.metrics, path)
+                if old.reserve_hash is not None and run.reserve_hash is None:
+                    raise ConfigError(
+                        f"{path}: the baseline also holds the reserve, which this run did not judge, and its critical "
+                        "items would no longer be watched; judge it with `ragate eval --reserve always`, or replace "
+                        "the baseline all the same with --force"
+                    )
     save_baseline(baseline, path)
     save_run(run, baseline_run(settings, run.suite, path))
     return baseline
+
+
+def _refuse_unscored(run: Run) -> None:
+    """Raise ConfigError where a gate would call every run INVALID beside a baseline of `run`."""
+    for metric in run.metrics:
+        bad = {state: count for state, count in run.states(metric).items() if state != "ok"}
+        if sum(bad.values()) > MAX_UNSCORED * len(run.items):
+            counts = ", ".join(f"{count} {state}" for state, count in sorted(bad.items()))
+            raise ConfigError(
+                f"{metric} has no score for {sum(bad.values())} of {len(run.items)} items ({counts}), too many for a "
+                "baseline: see the errors in the report and run `ragate eval` again, or keep it with --force"
+            )
 
 
 def keep_rescored(settings: Settings, run: Run, old: Baseline, path: Path) -> Baseline:

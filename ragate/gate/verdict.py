@@ -127,6 +127,8 @@ class MetricVerdict(Frozen):
     """Items with this scatter that show a drop of the limit reliably."""
     floor: float | None = None
     """The lowest mean allowed, where there is one."""
+    mean_of_all: float | None = None
+    """Mean of all the run's scores, those without a partner in the baseline too: what a floor is held against."""
     warnings: tuple[str, ...] = ()
     """What does not decide but should be known."""
     sentence: str
@@ -134,7 +136,8 @@ class MetricVerdict(Frozen):
     @property
     def below_floor(self) -> bool:
         """Whether the current mean is under the floor."""
-        return self.floor is not None and self.head_mean is not None and self.head_mean < self.floor - SAME
+        mean = self.mean_of_all
+        return self.floor is not None and mean is not None and mean < self.floor - SAME
 
 
 class GateResult(Frozen):
@@ -412,10 +415,15 @@ def _reasons_for_metric(base: Baseline, run: Run, metric: str) -> list[Reason]:
     if len(paired) < MIN_PAIRED:
         text = f"{metric} has {len(paired)} paired items and a verdict needs {MIN_PAIRED}"
         reasons.append(Reason(text, "use a larger test set"))
-    for item in run.items:
-        critical = item.critical or item.id in base.critical
-        if critical and item.id in scored and item.id not in usable and not run.partial:
-            text = f"critical item {shorten(item.id, 40)} has no {metric} score in the run"
+    critical = {item.id for item in run.items if item.critical} | set(base.critical)
+    judged = {item.id for item in run.items}
+    whole = base.testset_hash == run.testset_hash  # else that is said, and why items are gone with it
+    for name in (item for item in base.items if item in critical and (whole or item in judged)):
+        if name not in scored and base.state(name, metric) in ("nan", "error", "timeout", "truncated"):
+            text = f"critical item {shorten(name, 40)} has no {metric} score in the baseline"
+            reasons.append(Reason(text, "make a baseline where it has one with `ragate baseline set`"))
+        elif name in scored and name not in usable and not run.partial:
+            text = f"critical item {shorten(name, 40)} has no {metric} score in the run"
             reasons.append(Reason(text, "see its error in the report and run `ragate eval` again"))
     return reasons
 
@@ -444,6 +452,7 @@ def _measured(base: Baseline, run: Run, metric: str, terms: _Terms) -> MetricVer
             verdict="INVALID",
             base_mean=base.mean(metric),
             head_mean=mean(after.values()),
+            mean_of_all=mean(after.values()),
             drop=None,
             limit=None,
             limit_relative=None,
@@ -492,6 +501,7 @@ def _measured(base: Baseline, run: Run, metric: str, terms: _Terms) -> MetricVer
         verdict="INVALID",
         base_mean=base_mean,
         head_mean=head_mean,
+        mean_of_all=mean(after.values()),
         drop=drop,
         limit=limit,
         limit_relative=limit / base_mean if base_mean > 0 else None,
@@ -570,7 +580,7 @@ def _metric_sentence(v: MetricVerdict, strategy: Strategy, mode: Mode) -> str:
     else:
         text = f"{v.metric} stayed at {v.head_mean:.3f} ({measured}) {over}"
     if v.below_floor:
-        text = f"{v.metric} is at {_below(v.head_mean, v.floor or 0.0)}, its floor; {text}"
+        text = f"{v.metric} is at {_below(v.mean_of_all or 0.0, v.floor or 0.0)}, its floor; {text}"
     if v.broken:
         named = ", ".join(shorten(item, 40) for item in v.broken[:3])
         more = f" and {len(v.broken) - 3} more" if len(v.broken) > 3 else ""

@@ -5,6 +5,7 @@ The step summary is the same text with more room. What is escaped formats nothin
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,10 @@ ICONS = {verdict: icon for verdict, (_, icon) in ALERTS.items()}
 
 def comment_marker(suite: str) -> str:
     """The hidden line by which the comment of a suite is found again and replaced."""
-    return f"<!-- ragate:{re.sub(r'[^A-Za-z0-9._]+', '-', suite)[:100]} -->"
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", suite)[:100]
+    if name != suite:  # two names must not become one
+        name = f"{name.strip('-')}.{hashlib.sha256(suite.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+    return f"<!-- ragate:{name} -->"
 
 
 def render_comment(

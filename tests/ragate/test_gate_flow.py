@@ -131,6 +131,29 @@ def test_a_baseline_holds_the_reserve_and_a_run_that_passes_does_not_judge_it(
     assert "60 items (30 in reserve)" in ragate("baseline", "show", "baselines/cases.json").out
 
 
+def test_a_run_without_the_reserve_does_not_replace_a_baseline_that_holds_it(
+    ragate: Ragate, judge: Judge
+) -> None:
+    ragate(*EVAL, "--update-baseline")
+    ragate(*EVAL, "--out", "again")
+    ended = ragate("baseline", "bless", "again")
+    assert ended.code == 4 and "judge it with `ragate eval --reserve always`" in ended.err
+    assert load_baseline(Path("baselines/cases.json")).reserve
+    assert ragate("baseline", "bless", "again", "--force").code == 0
+    assert not load_baseline(Path("baselines/cases.json")).reserve
+
+
+def test_a_run_full_of_errors_becomes_no_baseline(ragate: Ragate) -> None:
+    store(plain_run({"m": ["error"] * 3 + [0.9] * 97}), "broken")
+    ended = ragate("baseline", "set", "broken")
+    assert (
+        ended.code == 4
+        and "m has no score for 3 of 100 items (3 error), too many for a baseline" in ended.err
+    )
+    assert not Path("baselines/llm-serving.json").exists()
+    assert ragate("baseline", "set", "broken", "--force").code == 0
+
+
 def test_an_inconclusive_run_judges_the_reserve_once_and_decides_with_it(
     ragate: Ragate, judge: Judge
 ) -> None:

@@ -235,7 +235,13 @@ def test_a_markdown_reader_finds_no_element_of_a_hostile_comment_but_ours() -> N
 
 def test_the_marker_is_one_comment_whatever_the_suite_is_called() -> None:
     assert comment_marker("llm-serving") == "<!-- ragate:llm-serving -->"
-    assert comment_marker("a --> <b>\n") == "<!-- ragate:a-b- -->"
+    odd = [
+        comment_marker(name) for name in ("a --> <b>\n", "a b", "a-b", "测试", "质量", "x" * 101, "x" * 102)
+    ]
+    assert len(set(odd)) == len(odd)
+    assert all(
+        re.fullmatch(r"<!-- ragate:[A-Za-z0-9._-]+ -->", marker) and marker.count("--") == 2 for marker in odd
+    )
 
 
 @pytest.mark.parametrize(

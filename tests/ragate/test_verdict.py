@@ -225,6 +225,24 @@ def test_a_critical_item_without_a_score_is_invalid() -> None:
     assert result.reasons == ("critical item serving-004 has no faithfulness score in the run",)
 
 
+def test_a_critical_item_does_not_escape_by_being_cut_out_or_by_an_error_in_the_baseline() -> None:
+    whole = plain_run({"m": [0.9] * 100})
+    base = _baseline(whole).model_copy(update={"critical": ("q000",)})
+    cut = whole.model_copy(update={"items": whole.items[1:], "scores": whole.scores[1:]})
+    assert decide(base, cut).reasons == ("critical item q000 has no m score in the run",)
+    unscored = _baseline(plain_run({"m": ["nan", *[0.9] * 99]})).model_copy(update={"critical": ("q000",)})
+    assert decide(unscored, plain_run({"m": [0.0, *[0.9] * 99]})).reasons == (
+        "critical item q000 has no m score in the baseline",
+    )
+
+
+def test_a_floor_is_held_against_all_scores_of_the_run() -> None:
+    base, run = plain_run({"m": ["nan", "nan", *[0.81] * 98]}), plain_run({"m": [0.0, 0.0, *[0.81] * 98]})
+    result = decide(_baseline(base), run, rules={"m": Rule(min=0.8)})
+    assert (result.verdict, result.exit_code) == ("FAIL", 1)
+    assert "m is at 0.794, below 0.8, its floor" in result.sentence
+
+
 def test_errors_make_only_their_metric_invalid_but_the_run_with_it() -> None:
     result = decide(_baseline(good_run()), errored_run())
     assert {m.metric: m.verdict for m in result.metrics}["faithfulness"] == "INVALID"
