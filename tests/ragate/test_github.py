@@ -420,6 +420,16 @@ def test_links_and_giants_in_an_artefact_are_not_read(
         read_artifact(artifact)
 
 
+def test_a_fork_that_leaves_its_baseline_out_is_held_against_the_one_of_this_branch(
+    server: FakeGitHub, tmp_path: Path, artifact: Path
+) -> None:
+    server.pulls = [pull(9)]
+    (artifact / "baseline.json").unlink()
+    post_fork(fork_job(server, tmp_path), artifact)
+    (body,) = server.bodies(9)
+    assert "✅ PASS" in body and "left no baseline" in body
+
+
 def test_a_hostile_fork_can_mention_and_link_nothing(
     server: FakeGitHub, tmp_path: Path, artifact: Path
 ) -> None:
