@@ -427,7 +427,7 @@ def test_a_fork_that_leaves_its_baseline_out_is_held_against_the_one_of_this_bra
     (artifact / "baseline.json").unlink()
     post_fork(fork_job(server, tmp_path), artifact)
     (body,) = server.bodies(9)
-    assert "✅ PASS" in body and "left no baseline" in body
+    assert "❌ FAIL" in body and "left no baseline" in body
 
 
 def test_a_hostile_fork_can_mention_and_link_nothing(
