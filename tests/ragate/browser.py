@@ -15,7 +15,6 @@ AXE_PLACES = (
     os.environ.get("RAGATE_AXE", ""),
     *(str(Path(entry) / "axe_core_python" / "axe.min.js") for entry in sys.path),
     "node_modules/axe-core/axe.min.js",
-    "/tmp/axe/node_modules/axe-core/axe.min.js",
 )
 AXE = next((path for place in AXE_PLACES if place and (path := Path(place)).is_file()), None)
 """axe-core's script, where it is installed (`pip install axe-core-python`) or named by RAGATE_AXE."""

@@ -20,40 +20,14 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
+from command import Ended, Ragate
 from fake_engine import FakeEngine
 from runs import FINGERPRINT, METRICS, good_run, worse_run
 
 from ragate import __version__, catalog, session
-from ragate.cli import run
 from ragate.journal import CallEntry, Journal, read_entries
 from ragate.run import Run, Score, load_run, save_run
 from ragate_engine import DeviceError
-
-
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Ragate = Callable[..., Ended]
-
-
-@pytest.fixture
-def ragate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ragate:
-    """The command, in an empty folder and without settings from outside."""
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("RAGATE_") and name != "RAGATE_CACHE"]:
-        monkeypatch.delenv(name)
-
-    def command(*arguments: str) -> Ended:
-        capsys.readouterr()
-        code = run(list(arguments))
-        return Ended(code, *capsys.readouterr())
-
-    return command
 
 
 def sentence(ended: Ended, code: int = 4) -> str:

@@ -3,49 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from command import Ragate
 from fake_engine import FakeEngine
 from runs import METRICS, broken_run, good_run, plain_run, worse_run
 
 from ragate import session
-from ragate.cli import run
 from ragate.gate.baseline import load_baseline
 from ragate.run import Run, load_run, save_run
 from ragate_engine import DeviceError
-
-
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Ragate = Callable[..., Ended]
-
-
-@pytest.fixture
-def ragate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ragate:
-    """The command, in an empty folder and without settings from outside."""
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("RAGATE_") and name != "RAGATE_CACHE"]:
-        monkeypatch.delenv(name)
-
-    def command(*arguments: str) -> Ended:
-        capsys.readouterr()
-        code = run(list(arguments))
-        return Ended(code, *capsys.readouterr())
-
-    return command
 
 
 class Judge:
