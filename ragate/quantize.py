@@ -128,7 +128,7 @@ def pieces(documents: Sequence[Sequence[int]], bos: int | None = None) -> list[l
 def _own(documents: Sequence[Sequence[int]]) -> list[int]:
     """Where each document ceases to be like the one before it in the order of their tokens."""
     own = [0] * len(documents)
-    order = sorted(range(len(documents)), key=lambda i: documents[i])
+    order = sorted(range(len(documents)), key=lambda i: [*documents[i]])
     for before, i in itertools.pairwise(order):
         pairs = zip(documents[before], documents[i], strict=False)
         own[i] = next((at for at, (a, b) in enumerate(pairs) if a != b), len(documents[before]))
