@@ -35,8 +35,10 @@ from ragate_engine.kernels.triton.quantized import (
     ZERO,
     PackedQuant,
     fitting,
+    product_unpacked,
     quantized,
     segments_of,
+    unpacked,
     walk_of,
 )
 from ragate_engine.kernels.triton.quantized import best_tile as best_quantized_tile
@@ -270,32 +272,52 @@ def _quantized_jobs(
                         bias,
                         packed.columns % tile.inner == 0,
                     )
-                    launch = partial(
-                        quantized,
-                        fake(torch.bfloat16, bucket, width),
-                        (packed,),
-                        fake(torch.bfloat16, rows) if bias else None,
-                        model.activation if gated else None,
-                        none,
-                    )
+                    x = fake(torch.bfloat16, bucket, width)
+                    offset = fake(torch.bfloat16, rows) if bias else None
+                    activation = model.activation if gated else None
+                    if bucket < UNPACK_ROWS:
+                        launch: Job = partial(quantized, x, (packed,), offset, activation, none)
+                    else:
+                        # unpacking does not ask for a count of rows: it gets weights that are there, a tile of them
+                        few = _stand_in(partial(_zeros, none.device), form, 16, width, gated)
+                        jobs.setdefault(key[2:], (key[2:], bucket, partial(unpacked, few)))
+                        w = fake(torch.bfloat16, rows, width)
+                        launch = partial(_with_unpacked, x, w, packed, offset, activation, none)
                     jobs.setdefault(key, (key, bucket, launch))
     return list(jobs.values())
+
+
+def _with_unpacked(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    packed: PackedQuant,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    none: torch.Tensor,
+) -> None:
+    y = torch.empty(len(x), len(w) // (1 + packed.gated), dtype=x.dtype, device=x.device)
+    product_unpacked(x, w, packed, bias, False, activation, none, y)
+
+
+def _zeros(card: torch.device, kind: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=kind, device=card)
 
 
 def _stand_in(
     fake: Callable[..., torch.Tensor], form: Form, rows: int, width: int, gated: bool
 ) -> PackedQuant:
-    """A weight [rows, width] of which no kernel will read anything."""
+    """A weight [rows, width] for kernels that have nothing to do; its tensors are made by `fake`."""
     low, high = PLANES[form.bits]
     walk = walk_of(form.bits, form.group)
     segments = 1 if gated else segments_of(rows, width)
     blocks = -(-width // (segments * walk.step)) * segments * walk.step // walk.block
     words = walk.groups if form.beside or walk.groups == 1 else walk.groups // 2
+    sets = -(-blocks * walk.block // form.group) if walk.groups == 1 else blocks
     kind = (OFFSET if form.group <= 32 else ZERO) if form.beside else 0
     return PackedQuant(
         fake(torch.int16, rows // 16, blocks, 256),
         fake(torch.int16, rows // 16, blocks * high // low, 256) if high else None,
-        fake(torch.int64 if form.beside or walk.groups > 1 else torch.int32, rows // 16, 1, 8, words),
+        fake(torch.int64 if form.beside or walk.groups > 1 else torch.int32, rows // 16, sets, 8, words),
         form.bits,
         form.group,
         kind,
