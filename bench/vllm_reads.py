@@ -25,8 +25,9 @@ def main() -> int:
     parser.add_argument("quality", type=Path)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    for name, value in {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}.items():
-        os.environ.setdefault(name, value)
+    for name in ("VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     windows = json.loads((args.folder / "windows.json").read_text())
     quality = json.loads(args.quality.read_text())
     import torch
