@@ -7,7 +7,8 @@ RAGTruth. Those that look at activations are calibrated on what a judge is asked
 `ragate models quantize` does: none of it is in --data. Papers calibrate on text of the kind that they score, as
 `--calibration text` does: on windows of the same pages, none of which is scored.
 
-formats: rtn4-g128, gptq4-g128, awq4-g64 (method, bits, group), gptq4-g128-act (groups in the order of activations);
+formats: rtn4-g128, gptq4-g128, awq4-g64 (method, bits, group); gptq4-g128-sym (no zero points), gptq4-g128-act (groups
+         in the order of activations);
          a mix of GGUF (Q2_K, Q4_0, Q4_K_M, Q5_K_M, Q6_K, Q8_0); a .gguf file or a folder; `reference` itself.
          On a card each may be followed by how it is run: +packed (its codes are kept), +int8 (products of int8),
          +fp8_e4m3 (the KV cache).
@@ -54,7 +55,7 @@ TEXT = "wice_dev.jsonl"
 ROWS = 128
 """Positions that are compared at a time: of 152,000 float32 each."""
 
-_MADE = re.compile(r"(rtn|gptq|awq)(\d)-g(\d+)(-act)?")
+_MADE = re.compile(r"(rtn|gptq|awq)(\d)-g(\d+)(-sym)?(-act)?")
 _RUNS = {"packed": "weights", "int8": "weights", "fp8_e4m3": "kv_dtype", "fp8_e5m2": "kv_dtype"}
 """What may follow a format's name, and the field of `EngineConfig` that it is a value of."""
 
@@ -258,8 +259,9 @@ def make(
     if (made := _MADE.fullmatch(wanted.base)) is None:
         return Path(wanted.base)
     path = folder / wanted.base
-    method, bits, group, act = made.groups()
-    quantize(reference, path, method, int(bits), int(group), calibration, device, desc_act=act is not None)
+    method, bits, group, symmetric, act = made.groups()
+    switches = {"symmetric": symmetric is not None, "desc_act": act is not None}
+    quantize(reference, path, method, int(bits), int(group), calibration, device, **switches)
     return path
 
 

@@ -641,7 +641,7 @@ def refuse_unused(method: str) -> None:
 )
 @click.option("--bits", type=int, default=4, help="Bits of a weight [4].")
 @click.option("--group", type=int, default=128, help="Weights that share a scale; -1 is a whole row [128].")
-@click.option("--symmetric", is_flag=True, help="No zero points, as some fast kernels want it (rtn, gptq).")
+@click.option("--symmetric", is_flag=True, help="No zero points (rtn, gptq): vLLM reads no others of these.")
 @click.option("--desc-act", is_flag=True, help="gptq: groups of columns in the order of their activations.")
 @click.option("--testset", help="Calibrate on the prompts for this test set [that of ragate.toml].")
 @click.option("--text", type=click.Path(path_type=Path), help="Calibrate on a text file instead.")
