@@ -306,7 +306,7 @@ def seen_in(
 @pytest.mark.parametrize("norm", [False, True])
 def test_what_errors_in_keys_and_values_cost_is_the_slope_of_the_attention(norm: bool) -> None:
     """Of one head, by autograd. The columns of o are orthogonal: their lengths are all that is looked at."""
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     config = replace(MHA, num_heads=1, num_kv_heads=1, qk_norm=norm)
     layer = random_layer(config)
     layer["o"] = torch.linalg.qr(torch.randn(64, 16))[0] * torch.linspace(0.5, 2, 16)
@@ -331,7 +331,7 @@ def test_what_errors_in_keys_and_values_cost_is_the_slope_of_the_attention(norm:
         else:
             across = slopes.mean(1)
             assert torch.allclose(costs["k"], across, rtol=1e-3 if not norm else 0.35)
-    assert costs["v"][0] > 2 * costs["v"][6:].mean()  # all look at the first token
+    assert costs["v"][0] > 2 * costs["v"][6:].amax()  # all look at the first token
 
 
 def attention_output(
