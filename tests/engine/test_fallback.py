@@ -19,8 +19,10 @@ from ragate_engine.steps import HostSteps
 from ragate_engine.trial import run_steps, small_model
 
 CPU = torch.device("cpu")
-PLAIN = {family: names for family, names in FAMILIES.items() if family not in ("quantized", "int8")}
-"""What every backend has, the reference too."""
+PLAIN = {
+    family: names for family, names in FAMILIES.items() if family not in ("quantized", "int8", "adapters")
+}
+"""What every backend has, the reference too, and every model needs."""
 TINY = ModelConfig("llama", 48, 32, 40, 7, 4, 2, 16, 64)
 
 
