@@ -1,7 +1,8 @@
 """ragate_engine: a paged-KV inference engine whose output bits do not depend on who shares the batch.
 
 The front door: `Engine`, `EngineConfig`, `SamplingParams`, `Completion` and the errors; `open_checkpoint`,
-`quantize_model` and `write_gguf` for models as files; `read_adapter` and `write_adapter` for LoRA; `forms_of`, `file_bytes` and `weight_bytes` for what they take.
+`quantize_model` and `write_gguf` for models as files, `read_adapter` and `write_adapter` for LoRA adapters; `forms_of`,
+`file_bytes` and `weight_bytes` for what models take.
 Importing this package does not import torch; the first touch of those does.
 """
 
