@@ -62,7 +62,7 @@ Weight = torch.Tensor | QuantTensor
 
 
 class Pair(NamedTuple):
-    """What an adapter holds for one weight [out, in], float32 on the CPU."""
+    """What an adapter holds for one weight [out, in], in float32."""
 
     a: torch.Tensor
     """[r, in]"""
@@ -87,7 +87,7 @@ class Adapter:
         for name, pair in sorted(self.pairs.items()):
             found.update(name.encode())
             for half in pair:
-                found.update(half.contiguous().numpy().data)
+                found.update(half.detach().cpu().contiguous().numpy().data)
         return found.hexdigest()
 
 

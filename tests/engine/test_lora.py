@@ -220,6 +220,19 @@ def test_adapters_share_no_prefix_with_each_other_nor_with_the_base(folders: lis
         assert [cached(name) for name in (None, *NAMES)] == [96, 96, 96, 96]
 
 
+def test_a_block_that_an_answer_fills_is_its_adapters_too(folders: list[Path]) -> None:
+    """A prompt of less than a block: the chain of hashes begins when the answer has filled it."""
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    with serve(folders) as engine:
+        answer = engine.submit([5] * 9, params, "some").result(timeout=60)
+        longer = [5] * 9 + [token.id for token in answer.tokens]
+        cached = {
+            name: engine.submit(longer, params, name).result(timeout=60).cached_tokens
+            for name in (None, "eights", "some")
+        }
+    assert cached == {None: 0, "eights": 0, "some": 16}
+
+
 def test_an_adapter_beside_the_base_answers_as_it_does_merged(folders: list[Path]) -> None:
     params = SamplingParams(max_tokens=1, logprobs=8, ignore_eos=True)
     prompt = list(range(40, 90))
