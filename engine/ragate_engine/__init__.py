@@ -1,7 +1,8 @@
 """ragate_engine: a paged-KV inference engine whose output bits do not depend on who shares the batch.
 
 The front door: `Engine`, `EngineConfig`, `SamplingParams`, `Completion` and the errors; `open_checkpoint`,
-`quantize_model` and `write_gguf` for models as files; `forms_of`, `file_bytes` and `weight_bytes` for what they take.
+`quantize_model` and `write_gguf` for models as files, `read_adapter` and `write_adapter` for LoRA adapters; `forms_of`,
+`file_bytes` and `weight_bytes` for what models take.
 Importing this package does not import torch; the first touch of those does.
 """
 
@@ -26,6 +27,7 @@ from ragate_engine.request import Completion, SamplingParams, TokenInfo, Usage
 if TYPE_CHECKING:
     from ragate_engine.engine import Engine
     from ragate_engine.footprint import Kept, WeightBytes, file_bytes, forms_of, weight_bytes
+    from ragate_engine.lora import Adapter, read_adapter, write_adapter
     from ragate_engine.quant.tensor import Form
     from ragate_engine.quantize import quantize as quantize_model
     from ragate_engine.weights import Checkpoint, open_checkpoint
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from ragate_engine.weights.tokenizer import Tokenizer
 
 __all__ = [
+    "Adapter",
     "Checkpoint",
     "Completion",
     "ConfigError",
@@ -57,12 +60,15 @@ __all__ = [
     "forms_of",
     "open_checkpoint",
     "quantize_model",
+    "read_adapter",
     "weight_bytes",
+    "write_adapter",
     "write_gguf",
 ]
 
 
 _LATER = {
+    "Adapter": ("lora", "Adapter"),
     "Checkpoint": ("weights", "Checkpoint"),
     "Engine": ("engine", "Engine"),
     "Form": ("quant.tensor", "Form"),
@@ -73,7 +79,9 @@ _LATER = {
     "forms_of": ("footprint", "forms_of"),
     "open_checkpoint": ("weights", "open_checkpoint"),
     "quantize_model": ("quantize", "quantize"),
+    "read_adapter": ("lora", "read_adapter"),
     "weight_bytes": ("footprint", "weight_bytes"),
+    "write_adapter": ("lora", "write_adapter"),
     "write_gguf": ("weights.gguf_write", "write_gguf"),
 }
 """Where names are that bring torch."""
