@@ -85,8 +85,8 @@ def nli(passages: Sequence[str], claims: Sequence[Claim], source: str, cluster: 
     for number, claim in enumerate(claims):
         opening = "},{" if number else '{"statements":[{'
         pieces += [
-            (f'{opening}"statement":{_quoted(claim.text)},"reason":"', FORCED),
-            (pointer(claim.text, passages) + '"', REASON),
+            (f'{opening}"statement":{_quoted(claim.text)},"reason":', FORCED),
+            (f'"{pointer(claim.text, passages)}"', REASON),
             (',"verdict":', FORCED),
             (str(claim.label), VERDICT),
         ]
@@ -108,8 +108,8 @@ def precision(question: str, context: str, answer: str, claim: Claim, source: st
     given = ContextPrecisionInput(question=question, context=context, answer=answer)
     prompt = _PRECISION.to_string(given)
     pieces = (
-        ('{"reason":"', FORCED),
-        (pointer(f"{question} {answer}", [context]) + '"', REASON),
+        ('{"reason":', FORCED),
+        (f'"{pointer(f"{question} {answer}", [context])}"', REASON),
         (',"verdict":', FORCED),
         (str(claim.label), VERDICT),
         ("}", FORCED),
@@ -129,10 +129,10 @@ def recall(
     for number, claim in enumerate(claims):
         pieces += [
             ("},{" if number else '{"classifications":[{', COPIED if number else FORCED),
-            ('"statement":"', FORCED),
-            (as_statement(claim.text) + '"', COPIED),
-            (',"reason":"', FORCED),
-            (pointer(claim.text, passages) + '"', REASON),
+            ('"statement":', FORCED),
+            (f'"{as_statement(claim.text)}"', COPIED),
+            (',"reason":', FORCED),
+            (f'"{pointer(claim.text, passages)}"', REASON),
             (',"attributed":', FORCED),
             (str(claim.label), VERDICT),
         ]
@@ -152,20 +152,18 @@ def recall(
 def statements(question: str, answer: str, source: str, cluster: str) -> Lesson:
     """The answer taken apart: its sentences, so that nothing is lost and nothing is made up."""
     prompt = _STATEMENTS.to_string(StatementGeneratorInput(question=question, answer=answer))
-    pieces: list[tuple[str, float]] = [('{"statements":[', FORCED)]
-    for number, text in enumerate(statements_of(answer)):
-        pieces += [(',"' if number else '"', FREE if number else FORCED), (text + '"', FREE)]
-    pieces += [("]", FREE), ("}", FORCED)]
+    listed = ",".join(f'"{text}"' for text in statements_of(answer))
+    pieces = (('{"statements":', FORCED), (f"[{listed}]", FREE), ("}", FORCED))
     schema = answer_schema(StatementGeneratorOutput, prompt).text
-    return Lesson("statements", prompt, schema, tuple(pieces), source, cluster, None, ())
+    return Lesson("statements", prompt, schema, pieces, source, cluster, None, ())
 
 
 def relevancy(question: str, claim: Claim, source: str, cluster: str) -> Lesson:
     """The question that an answer (the claim's text) is for, and whether it evades it (the claim's label)."""
     prompt = _RELEVANCY.to_string(AnswerRelevanceInput(response=claim.text))
     pieces = (
-        ('{"question":"', FORCED),
-        (as_statement(question) + '"', COPIED),
+        ('{"question":', FORCED),
+        (f'"{as_statement(question)}"', COPIED),
         (',"noncommittal":', FORCED),
         (str(claim.label), VERDICT),
         ("}", FORCED),
