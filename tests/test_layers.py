@@ -12,7 +12,8 @@ HEAVY = {"torch", "triton", "ragas", "transformers", "pandas", "datasets"}
 ENGINE_ORDER = [
     "errors", "config", "rope", "roofline", "devices", "budget", "request", "blocks", "scheduler", "quant", "weights",
     "footprint",
-    "kernels", "kv", "layers", "model", "quantize", "grammar", "sampling", "steps", "card", "trial", "runner", "engine",
+    "kernels", "kv", "layers", "model", "quantize", "lora", "training", "grammar", "sampling",
+    "steps", "card", "trial", "runner", "engine",
 ]  # fmt: skip
 
 
