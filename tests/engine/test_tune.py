@@ -306,6 +306,6 @@ def test_too_little_memory_says_what_to_reduce(tmp_path: Path, monkeypatch: pyte
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr(TunedDecoder, "loss", fail)
-    said = r"\(CUDA out of memory\): take fewer pass_tokens than 16384 or checkpointing or base packed"
+    said = r"\(CUDA out of memory\): take fewer pass_tokens than 20480 or checkpointing or base packed"
     with pytest.raises(OutOfMemoryError, match=said):
         tune_adapter(random_checkpoint(TINY), judged(10), tmp_path / "a", QUICK, "cpu")

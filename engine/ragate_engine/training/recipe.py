@@ -54,7 +54,7 @@ class TuneRecipe:
     """Largest norm of a step's gradient."""
     seed: int = 0
     """Of the adapter's first weights and of the order of the examples."""
-    pass_tokens: int = 16_384
+    pass_tokens: int = 20_480
     """Tokens of one forward pass: memory grows with it. A step takes as many passes as it needs."""
     checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the layer again: slower, far less memory."""

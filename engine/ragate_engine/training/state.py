@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
+from array import array
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -120,11 +122,15 @@ def settings_of(
     source: Checkpoint, examples: Sequence[Example], recipe: TuneRecipe, device: torch.device
 ) -> dict[str, Any]:
     """Everything that decides the adapter's bytes, and the number of threads or the card that round them."""
-    listed = json.dumps([(example.prompt, example.answer, example.weights) for example in examples])
+    listed = hashlib.sha256()
+    for example in examples:
+        listed.update(struct.pack("<2q", len(example.prompt), len(example.answer)))
+        listed.update(array("q", example.prompt + example.answer))
+        listed.update(array("d", example.weights))
     settings: dict[str, Any] = {
         "version": _VERSION,
         "source": source.identity,
-        "examples": hashlib.sha256(listed.encode()).hexdigest(),
+        "examples": listed.hexdigest(),
         "count": len(examples),
         "device": device.type,
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ragate_engine.devices import pick_device
+from ragate_engine.devices import failure, is_lost, pick_device
 from ragate_engine.errors import ConfigError, ModelFileError, OutOfMemoryError, TrainingError
 from ragate_engine.lora import Adapter, Pair, write_adapter
 from ragate_engine.training.decoder import TunedDecoder
@@ -46,7 +46,7 @@ def tune_adapter(
     same arguments it resumes, with the same result: bits depend on torch's number of threads, or on the card.
 
     Raises ConfigError (examples, a folder that holds something else), ModelFileError (a damaged model, a disk),
-    OutOfMemoryError, TrainingError (a loss that is not finite).
+    OutOfMemoryError, DeviceError (a card that is missing or lost), TrainingError (a loss that is not finite).
     """
     if not examples:
         raise ConfigError("there are no examples to train on: give one at least")
@@ -228,6 +228,8 @@ def _explained(folder: Path, recipe: TuneRecipe) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _too_little(folder, recipe, error) from None
     except RuntimeError as error:
+        if is_lost(error):
+            raise failure(error) from None
         if "can't allocate memory" not in str(error):
             raise
         raise _too_little(folder, recipe, error) from None
