@@ -31,7 +31,11 @@ class Pack:
 
 
 def share(examples: Sequence[Example]) -> list[Pack]:
-    """Every example in one pack, such that prefixes save the most tokens."""
+    """Every example in one pack.
+
+    Where prompts part, their branches stay in one pack with what all share, or are packed each for itself: whichever
+    saves more tokens.
+    """
     prompts = [np.array(example.prompt) for example in examples]
     order = sorted(range(len(examples)), key=lambda i: examples[i].prompt)
     common = [_common(prompts[a], prompts[b]) for a, b in zip(order, order[1:], strict=False)]
