@@ -46,6 +46,21 @@ SMOL_135M = ModelConfig(
     rope=RopeConfig(100_000.0),
     tie_embeddings=True,
 )
+QWEN_0_5B = ModelConfig(
+    arch="qwen2",
+    vocab_size=151936,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_layers=24,
+    num_heads=14,
+    num_kv_heads=2,
+    head_dim=64,
+    max_len=32768,
+    norm_eps=1e-6,
+    rope=RopeConfig(1_000_000.0),
+    tie_embeddings=True,
+    qkv_bias=True,
+)
 QWEN_1_5B = ModelConfig(
     arch="qwen2",
     vocab_size=151936,
@@ -72,8 +87,8 @@ TINY = ModelConfig(
     head_dim=16,
     max_len=2048,
 )
-SHAPES = {"8b": LLAMA_8B, "1.5b": QWEN_1_5B, "135m": SMOL_135M, "tiny": TINY}
-"""Llama-3-8B, Qwen2.5-1.5B, SmolLM2-135M, and one for tests."""
+SHAPES = {"8b": LLAMA_8B, "1.5b": QWEN_1_5B, "0.5b": QWEN_0_5B, "135m": SMOL_135M, "tiny": TINY}
+"""Llama-3-8B, Qwen2.5-1.5B and 0.5B, SmolLM2-135M, and one for tests."""
 
 
 class Quantized(NamedTuple):

@@ -12,7 +12,8 @@ HEAVY = {"torch", "triton", "ragas", "transformers", "pandas", "datasets"}
 ENGINE_ORDER = [
     "errors", "config", "rope", "roofline", "devices", "budget", "blocks", "request", "scheduler", "quant", "weights",
     "footprint", "lora",
-    "kernels", "kv", "layers", "model", "quantize", "grammar", "sampling", "steps", "card", "trial", "runner", "engine",
+    "kernels", "kv", "layers", "model", "quantize", "training", "grammar", "sampling", "steps", "card", "trial",
+    "runner", "engine",
 ]  # fmt: skip
 
 
