@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from ragate.run import Run
 
-BASELINE_VERSION: Literal[2] = 2
-"""Version 1 knew neither reserve nor critical items nor reasons; it is still read."""
+BASELINE_VERSION: Literal[3] = 3
+"""Version 2 knew no clusters, version 1 neither reserve nor critical items nor reasons; both are still read."""
 STALE_DAYS = 90
 """A baseline older than this is called old where its age is shown."""
 
@@ -37,7 +37,7 @@ Cell = Value | Literal["nan", "error", "timeout", "truncated"]
 class Baseline(Frozen):
     """Scores per item and metric, and what made them."""
 
-    version: Literal[1, 2] = BASELINE_VERSION
+    version: Literal[1, 2, 3] = BASELINE_VERSION
     suite: str
     testset_hash: str
     """sha256 over id, question and reference of the items that are not of the reserve."""
@@ -54,6 +54,9 @@ class Baseline(Frozen):
     """Items that were critical: a change that takes the mark off an item does not free it."""
     reserve: tuple[str, ...] = ()
     """Items of the reserve."""
+    clusters: dict[str, str] | None = None
+    """Item id -> cluster, of the items that have one: a change that relabels them does not change the verdict.
+    `None` where the baseline is older than version 3 and does not know."""
     fingerprint: dict[str, str]
     items: dict[str, dict[str, Cell]]
     """Item id -> metric -> score or state, in the order of the test set."""
@@ -118,6 +121,8 @@ class BaselineDiff(Frozen):
     """Items only the new baseline has."""
     removed: tuple[str, ...]
     """Items only the old baseline has."""
+    moved: tuple[str, ...] = ()
+    """Items of both that are in another cluster; none where a baseline does not know its clusters."""
 
 
 def mean(values: Iterable[float]) -> float | None:
@@ -151,6 +156,7 @@ def baseline_of(run: Run, *, commit: str | None, date: datetime, reason: str | N
             metrics=run.metrics,
             critical=tuple(item.id for item in run.items if item.critical),
             reserve=tuple(item.id for item in run.items if item.reserve),
+            clusters={item.id: item.cluster for item in run.items if item.cluster},
             fingerprint=run.fingerprint,
             items=items,
         )
@@ -199,7 +205,7 @@ def save_baseline(baseline: Baseline, path: Path) -> None:
     fields = baseline.model_dump(mode="json") | {"version": BASELINE_VERSION}
     lines = []
     for name, value in fields.items():
-        if name in ("fingerprint", "items") and value:
+        if name in ("clusters", "fingerprint", "items") and value:
             rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in value.items())
             lines.append(f' "{name}": {{\n{rows}\n }}')
         else:
@@ -255,7 +261,16 @@ def diff_baselines(old: Baseline, new: Baseline) -> BaselineDiff:
         testset_changed=old.testset_hash != new.testset_hash,
         added=tuple(item for item in new.items if item not in old.items),
         removed=tuple(item for item in old.items if item not in new.items),
+        moved=_moved(old, new),
     )
+
+
+def _moved(old: Baseline, new: Baseline) -> tuple[str, ...]:
+    """Items of both whose cluster differs."""
+    before, after = old.clusters, new.clusters
+    if before is None or after is None:
+        return ()
+    return tuple(item for item in new.items if item in old.items and before.get(item) != after.get(item))
 
 
 def changed_items(base: dict[str, float], head: dict[str, float]) -> tuple[ItemChange, ...]:

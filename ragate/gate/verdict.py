@@ -18,6 +18,7 @@ from ragate.gate.stats import (
     cluster_sums,
     clustered,
     detectable_drop,
+    fewest_changed,
     holm,
     items_needed,
     johnson_bounds,
@@ -27,7 +28,7 @@ from ragate.gate.stats import (
 from ragate.run import Frozen
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
     from ragate.gate.baseline import Baseline
     from ragate.run import Run
@@ -109,6 +110,10 @@ class MetricVerdict(Frozen):
     """Bounds of the drop, each with 95 % by itself (Johnson 1978)."""
     clusters: int | None = None
     """Source documents whose sums the bounds and p are of; `None` where the items count as independent."""
+    units_changed: int = 0
+    """Clusters whose sum changed, or items that changed where they count as independent: what p is made of."""
+    units_needed: int | None = None
+    """The fewest of them that can show a drop not to be chance, beside so many metrics."""
     p: float | None = None
     """Sign-flip p of a drop this large by chance, adjusted for the number of metrics (Holm)."""
     p_alone: float | None = None
@@ -239,13 +244,9 @@ def _compare(base: Baseline, run: Run, wanted: Sequence[str], terms: _Terms) -> 
         reasons += own
         invalid.append(bool(shared or own))
         found.append(_measured(base, run, metric, terms))
-    tested = [v.p_alone for v in found if v.p_alone is not None]
-    adjusted = iter(holm(tested))
     verdicts = [
-        _decided(
-            v if v.p_alone is None else v.model_copy(update={"p": next(adjusted)}), terms, invalid=is_invalid
-        )
-        for v, is_invalid in zip(found, invalid, strict=True)
+        _decided(v, terms, invalid=is_invalid)
+        for v, is_invalid in zip(_adjusted(found), invalid, strict=True)
     ]
     verdict: Verdict = "INVALID" if reasons else _worst(verdicts)
     sentence = (
@@ -265,6 +266,24 @@ def _compare(base: Baseline, run: Run, wanted: Sequence[str], terms: _Terms) -> 
         strategy=terms.strategy,
         metrics=tuple(verdicts),
     )
+
+
+def _adjusted(found: Sequence[MetricVerdict]) -> list[MetricVerdict]:
+    """`found` with each p adjusted for there being several (Holm), and what that takes at least."""
+    tested = [v.p_alone for v in found if v.p_alone is not None]
+    adjusted = iter(holm(tested))
+    return [
+        v
+        if v.p_alone is None
+        else v.model_copy(
+            update={
+                "p": next(adjusted),
+                # Holm multiplies a p by the number of those that are not smaller
+                "units_needed": fewest_changed(SIGNIFICANT / sum(p >= v.p_alone for p in tested)),
+            }
+        )
+        for v in found
+    ]
 
 
 def _with_drift(result: GateResult, drift: GateResult, release: Baseline) -> GateResult:
@@ -478,19 +497,19 @@ def _measured(base: Baseline, run: Run, metric: str, terms: _Terms) -> MetricVer
     drops = [0.0 if abs(before[i] - after[i]) <= SAME else before[i] - after[i] for i in paired]
     fallen = [i for i, value in zip(paired, drops, strict=True) if value]
     drop = math.fsum([*(before[i] for i in fallen), *(-after[i] for i in fallen)]) / n  # rounded once
-    cluster_of = {item.id: item.cluster for item in run.items}
-    labels = [cluster_of.get(i) or (i,) for i in paired]  # an item without a cluster is one by itself
+    labels, told = _clusters_of(base, run, paired)
     clusters: int | None = len(set(labels))
     few = n > len(set(labels)) and len(set(labels)) < MIN_CLUSTERS
-    warnings: tuple[str, ...] = ()
+    warnings = [told] if told else []
     if few and fallen:
-        warnings = (
+        warnings.append(
             f"the items are of {_count(len(set(labels)), 'cluster')}, too few to tell how clusters differ (it takes "
-            f"{MIN_CLUSTERS}): they count as independent",
+            f"{MIN_CLUSTERS}): they count as independent"
         )
     if few or n == clusters:
         clusters, labels = None, [(i,) for i in paired]
     estimate = johnson_bounds(clustered(drops, labels) if clusters else drops)
+    sums = cluster_sums(drops, labels)
 
     critical = {item.id for item in run.items if item.critical} | set(base.critical)
     sides = {i: (_side(before[i]), _side(after[i])) for i in paired}
@@ -513,7 +532,8 @@ def _measured(base: Baseline, run: Run, metric: str, terms: _Terms) -> MetricVer
         lower=estimate.lower,
         upper=estimate.upper,
         clusters=clusters,
-        p_alone=sign_flip_p(cluster_sums(drops, labels)),
+        units_changed=sum(total != 0.0 for total in sums),
+        p_alone=sign_flip_p(sums),
         items_broken=broken,
         items_mended=mended,
         mcnemar_p=mcnemar_p(broken, mended),
@@ -523,9 +543,40 @@ def _measured(base: Baseline, run: Run, metric: str, terms: _Terms) -> MetricVer
         else detectable_drop(estimate.error, terms.judge_accuracy),
         items_needed=items_needed(estimate.error, n, limit) if limit > 0 else None,
         floor=floor,
-        warnings=warnings,
+        warnings=tuple(warnings),
         sentence="",
     )
+
+
+def _clusters_of(base: Baseline, run: Run, paired: Sequence[str]) -> tuple[list[Hashable], str | None]:
+    """The cluster of each paired item, and what to say where the run's are not the baseline's.
+
+    The baseline's count: in no hash, those of the run could be edited until a drop looks like that of one document.
+    An item without a cluster is one by itself.
+    """
+    now: dict[str, str | None] = {item.id: item.cluster for item in run.items}
+    mine: list[Hashable] = [now.get(item) or (item,) for item in paired]
+    if base.clusters is None:
+        told = (
+            "the baseline is of an older version and does not know which items belong together: the run's own "
+            "clusters count, which a change may edit; `ragate baseline set` makes one that knows"
+        )
+        return mine, told if any(isinstance(label, str) for label in mine) else None
+    labels: list[Hashable] = [base.clusters.get(item) or (item,) for item in paired]
+    if _grouping(mine) == _grouping(labels):  # other names do not matter
+        return labels, None
+    moved = sum(old != new for old, new in zip(labels, mine, strict=True))
+    told = (
+        f"{_count(moved, 'item')} changed cluster: those of the baseline count; if that is wanted, "
+        "`ragate baseline bless` takes the new ones"
+    )
+    return labels, told
+
+
+def _grouping(labels: Sequence[Hashable]) -> list[int]:
+    """For each label the place where it is first: equal where the same items are together."""
+    first: dict[Hashable, int] = {}
+    return [first.setdefault(label, place) for place, label in enumerate(labels)]
 
 
 def _side(score: float) -> str:
@@ -586,9 +637,22 @@ def _metric_sentence(v: MetricVerdict, strategy: Strategy, mode: Mode) -> str:
         more = f" and {len(v.broken) - 3} more" if len(v.broken) > 3 else ""
         which = "critical item" if len(v.broken) == 1 else "critical items"
         text = f"{which} {named}{more} broke on {v.metric}; {text}"
+    if _too_few_changed(v):
+        unit = "cluster" if v.clusters else "item"
+        text += (
+            f"; only {_count(v.units_changed, unit)} changed, too few to rule out chance: "
+            f"a FAIL takes {v.units_needed} or more"
+        )
     if v.mode_used != mode:
         text += f"; the baseline mean is below {MIN_RELATIVE_MEAN}, so the limit is absolute"
     return text
+
+
+def _too_few_changed(v: MetricVerdict) -> bool:
+    """Whether a mean fell by its limit, but in so few clusters or items that no p of them is below 0.05."""
+    if v.verdict != "INCONCLUSIVE" or v.drop is None or v.limit is None or v.units_needed is None:
+        return False
+    return _reaches(v.drop, v.limit) and v.units_changed < v.units_needed
 
 
 def _below(value: float, floor: float) -> str:
@@ -607,6 +671,8 @@ def _more_items(verdicts: Sequence[MetricVerdict]) -> str:
     needed = [v.items_needed for v in verdicts if v.verdict == "INCONCLUSIVE" and v.items_needed is not None]
     paired = max((v.paired for v in verdicts), default=0)
     enough = f"about {max(needed)} items" if needed and max(needed) > paired else "more items"
+    if any(v.clusters and _too_few_changed(v) for v in verdicts):
+        enough += " of more clusters"
     return (
         f"{enough} would tell: add some to the test set or its reserve, or let a person look at what changed"
     )

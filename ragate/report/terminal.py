@@ -190,6 +190,12 @@ def print_baseline_diff(console: Console, diff: BaselineDiff) -> None:
     for field in diff.fingerprint:
         old, new = (shorten(plain(value or "none"), 60) for value in (field.old, field.new))
         console.print(Text(f"fingerprint: {plain(field.field)}: {old} -> {new}"), soft_wrap=True)
+    if diff.moved:
+        noun = "item" if len(diff.moved) == 1 else "items"
+        named = ", ".join(shorten(plain(item), 40) for item in diff.moved[:3])
+        more = f" and {len(diff.moved) - 3} more" if len(diff.moved) > 3 else ""
+        text = f"{len(diff.moved)} {noun} changed cluster: {named}{more}"
+        console.print(Text(text, "yellow"), soft_wrap=True)
     if diff.testset_changed:
         text = f"the test set changed: {len(diff.added)} items added, {len(diff.removed)} removed"
         console.print(Text(text, "yellow"), soft_wrap=True)

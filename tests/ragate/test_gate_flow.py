@@ -276,6 +276,16 @@ def test_check_takes_two_paths_and_the_whole_gate_of_the_settings(ragate: Ragate
     assert ragate("check", base, head).code == 1
 
 
+def test_a_change_of_clusters_stands_in_the_diff_of_baselines(ragate: Ragate) -> None:
+    run = good_run(40)
+    first = run.items[0].model_copy(update={"cluster": "elsewhere"})
+    store(run, "base")
+    store(run.model_copy(update={"items": (first, *run.items[1:])}), "head")
+    ragate("baseline", "set", "base")
+    assert "1 item changed cluster: serving-000" in ragate("baseline", "diff", "head").out
+    assert "1 item changed cluster: those of the baseline count" in ragate("check", "base", "head").out
+
+
 def test_an_open_verdict_exits_0_or_2_as_the_flag_says(ragate: Ragate) -> None:
     base, head = (
         store(plain_run({"m": [1.0] * 40}), "base"),

@@ -393,8 +393,8 @@ def _clustered_run(head: list[float], clusters: list[str | None]) -> Run:
 def test_items_of_one_document_count_together() -> None:
     names: list[str | None] = [f"d{i // 5}" for i in range(60)]
     head = [0.5] * 10 + [1.0] * 50  # two of twelve documents fell
-    base = _baseline(plain_run({"m": [1.0] * 60}))
-    together, apart = decide(base, _clustered_run(head, names)), decide(base, plain_run({"m": head}))
+    together = decide(_baseline(_clustered_run([1.0] * 60, names)), _clustered_run(head, names))
+    apart = decide(_baseline(plain_run({"m": [1.0] * 60})), plain_run({"m": head}))
     drops = [1.0 - h for h in head]
     assert together.metrics[0].clusters == 12
     assert together.metrics[0].upper == pytest.approx(johnson_bounds(clustered(drops, names)).upper)
@@ -404,14 +404,71 @@ def test_items_of_one_document_count_together() -> None:
 
 
 def test_an_item_without_a_cluster_is_one_by_itself_and_few_clusters_are_no_clusters() -> None:
-    base = _baseline(plain_run({"m": [1.0] * 30}))
     head = [0.9] * 10 + [1.0] * 20
-    mixed = decide(base, _clustered_run(head, ["d1"] * 10 + [None] * 20))
-    assert mixed.metrics[0].clusters == 21
-    few = decide(base, _clustered_run(head, [f"d{i % 9}" for i in range(30)]))
-    assert few.metrics[0].clusters is None
-    assert few.metrics[0].upper == decide(base, plain_run({"m": head})).metrics[0].upper
+
+    def gate(names: list[str | None]) -> GateResult:
+        return decide(_baseline(_clustered_run([1.0] * 30, names)), _clustered_run(head, names))
+
+    assert gate(["d1"] * 10 + [None] * 20).metrics[0].clusters == 21
+    few, none = gate([f"d{i % 9}" for i in range(30)]), gate([None] * 30)
+    assert (few.metrics[0].clusters, none.metrics[0].clusters) == (None, None)
+    assert few.metrics[0].upper == none.metrics[0].upper
     assert few.warnings[0].startswith("the items are of 9 clusters, too few to tell how clusters differ")
+
+
+def test_relabelling_the_clusters_does_not_change_the_verdict_and_is_told() -> None:
+    head = [0.5] * 20 + [1.0] * 40  # as twenty items it is no chance, as one document it may be
+    names: list[str | None] = [f"d{i // 2}" for i in range(60)]
+    base = _baseline(_clustered_run([1.0] * 60, names))
+    honest = decide(base, _clustered_run(head, names))
+    relabelled = decide(base, _clustered_run(head, ["one"] * 20 + names[20:]))
+    assert (honest.verdict, honest.warnings) == ("FAIL", ())
+    assert (relabelled.verdict, relabelled.sentence) == ("FAIL", honest.sentence)
+    assert relabelled.metrics[0].clusters == 30
+    assert relabelled.warnings == (
+        "20 items changed cluster: those of the baseline count; if that is wanted, `ragate baseline bless` takes the "
+        "new ones",
+    )
+    removed = decide(base, _clustered_run(head, [None] * 60))
+    assert (removed.metrics[0].p, len(removed.warnings)) == (honest.metrics[0].p, 1)
+
+
+def test_clusters_under_other_names_are_the_same_clusters() -> None:
+    base = _baseline(_clustered_run([1.0] * 60, [f"d{i // 5}" for i in range(60)]))
+    renamed = decide(base, _clustered_run([1.0] * 60, [f"docs/{i // 5}.md" for i in range(60)]))
+    assert (renamed.verdict, renamed.warnings) == ("PASS", ())
+
+
+def test_a_baseline_that_does_not_know_its_clusters_takes_those_of_the_run_and_says_so() -> None:
+    names: list[str | None] = [f"d{i // 5}" for i in range(60)]
+    old = _baseline(plain_run({"m": [1.0] * 60})).model_copy(update={"version": 2, "clusters": None})
+    result = decide(old, _clustered_run([1.0] * 60, names))
+    assert result.metrics[0].clusters == 12
+    assert "the run's own clusters count" in result.warnings[0]
+    assert decide(old, plain_run({"m": [1.0] * 60})).warnings == ()
+
+
+@pytest.mark.parametrize(("fallen", "verdict"), [(4, "INCONCLUSIVE"), (5, "FAIL")])
+def test_an_open_verdict_says_where_too_few_clusters_changed_for_a_fail(fallen: int, verdict: str) -> None:
+    names: list[str | None] = [f"d{i // 5}" for i in range(60)]
+    head = [0.5] * (5 * fallen) + [1.0] * (60 - 5 * fallen)
+    result = decide(_baseline(_clustered_run([1.0] * 60, names)), _clustered_run(head, names))
+    metric = result.metrics[0]
+    assert (result.verdict, metric.units_changed, metric.units_needed) == (verdict, fallen, 5)
+    told = "only 4 clusters changed, too few to rule out chance: a FAIL takes 5 or more"
+    assert (told in result.sentence) == (verdict == "INCONCLUSIVE")
+    if verdict == "INCONCLUSIVE":
+        assert "items of more clusters would tell" in (result.way_out or "")
+
+
+def test_the_more_metrics_are_held_at_once_the_more_items_must_change() -> None:
+    same, fell = [1.0] * 40, [0.0] * 6 + [1.0] * 34
+    for others, needed in ((0, 5), (1, 6), (2, 6), (3, 7)):
+        columns = {f"m{i}": same for i in range(others)}
+        gate = decide(_baseline(plain_run({"m": same} | columns)), plain_run({"m": fell} | columns))
+        assert gate.metrics[0].units_needed == needed
+        assert gate.verdict == ("FAIL" if needed <= 6 else "INCONCLUSIVE")
+    assert "only 6 items changed, too few to rule out chance: a FAIL takes 7 or more" in gate.sentence
 
 
 # Limits of one metric, floors, critical items
