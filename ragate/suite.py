@@ -24,7 +24,7 @@ from ragate.gate.baseline import (
     save_baseline,
 )
 from ragate.gate.verdict import EVALUATE_RESERVE, MAX_UNSCORED, GateResult, decide
-from ragate.run import Run, joined, load_run, save_run
+from ragate.run import Run, joined, load_run, run_digest, save_run
 
 if TYPE_CHECKING:
     from ragate.config import Settings
@@ -305,7 +305,7 @@ def verdict_of(
     A metric that the baseline has and the run has not makes it INVALID: a change to `metrics` in the settings must
     not narrow the gate unseen.
     """
-    return decide(
+    gate = decide(
         baseline,
         run,
         threshold=settings.threshold,
@@ -317,6 +317,7 @@ def verdict_of(
         release=release,
         judge_accuracy=settings.judge_accuracy,
     )
+    return gate.model_copy(update={"run_digest": run_digest(run)})
 
 
 def verdict_by(settings: Settings) -> Callable[[Baseline, Run], GateResult]:

@@ -163,6 +163,8 @@ class GateResult(Frozen):
     mode: Mode
     strategy: Strategy
     metrics: tuple[MetricVerdict, ...]
+    run_digest: str | None = None
+    """sha256 of the run file that this is the verdict on, where it is one on a stored run."""
     drift: GateResult | None = None
     """The same run against the pinned release baseline, where there is one; the run takes the worst of both."""
 
