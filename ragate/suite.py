@@ -19,6 +19,7 @@ from ragate.gate.baseline import (
     Baseline,
     baseline_of,
     baseline_path,
+    file_name,
     git_commit,
     load_baseline,
     save_baseline,
@@ -57,7 +58,7 @@ def baseline_run(settings: Settings, suite: str, path: Path) -> Path:
 
 def out_folder(settings: Settings, suite: str) -> Path:
     """Where a suite's run is kept: `--out`, else `.ragate/<suite>`."""
-    return Path(settings.out) if settings.out else Path(settings.root) / ".ragate" / suite
+    return Path(settings.out) if settings.out else Path(settings.root) / ".ragate" / file_name(suite)
 
 
 def baseline_of_suite(settings: Settings, suite: str) -> Path:

@@ -26,6 +26,8 @@ BASELINE_VERSION: Literal[3] = 3
 STALE_DAYS = 90
 """A baseline older than this is called old where its age is shown."""
 
+LONGEST_NAME = 200
+"""Bytes of a file's name, of which file systems take 255 with what is added to it."""
 SAME = 1e-9
 """Scores this close are the same score: ragas' context_precision reaches 0.9999999999 at best."""
 
@@ -165,10 +167,15 @@ def baseline_of(run: Run, *, commit: str | None, date: datetime, reason: str | N
         raise BaselineError(f"the run of {run.suite} cannot become a baseline: {where}: {what}") from None
 
 
+def file_name(suite: str) -> str:
+    """`suite` as the name of a file or folder that no name leads out of: odd characters become `-`, its end is cut."""
+    name = re.sub(r"[^\w.-]+", "-", suite).strip("-.").encode("utf-8", "ignore")
+    return name[:LONGEST_NAME].decode("utf-8", "ignore") or "suite"
+
+
 def baseline_path(folder: Path, suite: str) -> Path:
-    """Where the baseline of `suite` is kept: one file each, odd characters become `-`."""
-    name = re.sub(r"[^\w.-]+", "-", suite).strip("-.") or "suite"
-    return folder / f"{name}.json"
+    """Where the baseline of `suite` is kept: one file each."""
+    return folder / f"{file_name(suite)}.json"
 
 
 def git_commit(folder: Path) -> str | None:

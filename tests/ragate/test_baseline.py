@@ -123,7 +123,13 @@ def test_bytes_that_are_not_utf8_are_a_malformed_baseline(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("suite", "name"),
-    [("llm-serving", "llm-serving"), ("org/name", "org-name"), ("../../x", "x"), ("..", "suite")],
+    [
+        ("llm-serving", "llm-serving"),
+        ("org/name", "org-name"),
+        ("../../x", "x"),
+        ("..", "suite"),
+        ("质" * 5000, "质" * 66),  # a file's name has room for 255 bytes
+    ],
 )
 def test_a_suite_name_never_leaves_the_baseline_folder(tmp_path: Path, suite: str, name: str) -> None:
     assert baseline_path(tmp_path, suite) == tmp_path / f"{name}.json"

@@ -286,6 +286,17 @@ def test_a_change_of_clusters_stands_in_the_diff_of_baselines(ragate: Ragate) ->
     assert "1 item changed cluster: those of the baseline count" in ragate("check", "base", "head").out
 
 
+def test_a_run_whose_names_are_no_names_of_files_is_reported_all_the_same(ragate: Ragate) -> None:
+    store(good_run(12, suite="s" * 5000, testset="t" * 5000), "long")
+    store(good_run(12, suite="../../up", testset="\0"), "odd")
+    for folder in ("long", "odd"):
+        ended = ragate("report", folder)
+        assert (ended.code, ended.err) == (0, "")
+        assert " file=" not in Path(folder, "junit.xml").read_text()
+        assert ragate("baseline", "set", folder).code == 0
+    assert Path(".ragate/up/baselines/up/run.json").is_file()
+
+
 def test_an_open_verdict_exits_0_or_2_as_the_flag_says(ragate: Ragate) -> None:
     base, head = (
         store(plain_run({"m": [1.0] * 40}), "base"),
