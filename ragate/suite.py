@@ -316,9 +316,15 @@ def verdict_of(
         metrics=metrics,
         rules=settings.gate,
         release=release,
+        release_path=_shown(settings.release),
         judge_accuracy=settings.judge_accuracy,
     )
     return gate.model_copy(update={"run_digest": run_digest(run)})
+
+
+def _shown(path: str | None) -> str:
+    """A path as a person in the current folder would write it."""
+    return "RELEASE" if path is None else os.path.relpath(path)
 
 
 def verdict_by(settings: Settings) -> Callable[[Baseline, Run], GateResult]:

@@ -7,6 +7,8 @@ its drop is below the limit; what is neither is INCONCLUSIVE. What cannot be com
 from __future__ import annotations
 
 import math
+import re
+import shlex
 from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -168,6 +170,11 @@ class GateResult(Frozen):
     drift: GateResult | None = None
     """The same run against the pinned release baseline, where there is one; the run takes the worst of both."""
 
+    @property
+    def drift_warnings(self) -> tuple[str, ...]:
+        """What should be known of the comparison with the release, beyond the run's own warnings."""
+        return () if self.drift is None else tuple(w for w in self.drift.warnings if w not in self.warnings)
+
 
 def decide(
     base: Baseline,
@@ -180,6 +187,7 @@ def decide(
     metrics: Sequence[str] | None = None,
     rules: Mapping[str, Rule] | None = None,
     release: Baseline | None = None,
+    release_path: str = "RELEASE",
     judge_accuracy: float | None = None,
 ) -> GateResult:
     """Hold `run` against `base`, and against the pinned `release` too where there is one.
@@ -187,6 +195,7 @@ def decide(
     `threshold` is the limit δ: a share of the baseline mean when `mode` is relative, else score points; `rules` has
     what differs for a metric. By the strategy `point` the mean drop alone decides. `metrics` narrows the comparison;
     by default it is over all metrics of both sides and all that have a floor, and one that a side lacks is INVALID.
+    `release_path` is what the commands named for the release call it.
     An INCONCLUSIVE run fails, warns, or (`auto`) fails where a mean fell by its limit or more.
     `judge_accuracy` is the judge's balanced accuracy on labelled data, where it is known.
     Raises ConfigError when a setting makes no sense; whatever is wrong with the data is an INVALID verdict.
@@ -210,9 +219,16 @@ def decide(
     if release is None:
         return result
     watched = [metric for metric in release.metrics if metrics is None or metric in metrics]
-    if release.metrics and not watched:  # none of those that were asked for is as old as the release
+    unwatched = [metric for metric in metrics or () if metric not in release.metrics]
+    if unwatched:  # asked for by name: that its drift is not seen must not go unsaid
+        told = f"drift since the release is not watched for {', '.join(unwatched)}: its baseline has no such scores"
+        result = result.model_copy(update={"warnings": (*result.warnings, told)})
+    if release.metrics and not watched:
         return result
-    return _with_drift(result, _compare(release, run, tuple(watched), terms), release)
+    # a floor is of the run alone, and has been held above
+    bare = {metric: rule.model_copy(update={"min": None}) for metric, rule in terms.rules.items()}
+    drift = _compare(release, run, tuple(watched), terms._replace(rules=bare))
+    return _with_drift(result, drift, release, release_path)
 
 
 class _Terms(NamedTuple):
@@ -255,7 +271,7 @@ def _compare(base: Baseline, run: Run, wanted: Sequence[str], terms: _Terms) -> 
         _invalid_sentence([reason.text for reason in reasons]) if reasons else _sentence(verdict, verdicts)
     )
     warnings += [] if reasons else [warning for v in verdicts for warning in v.warnings]
-    way_outs = {"FAIL": ACCEPT, "INCONCLUSIVE": _more_items(verdicts)}
+    way_outs = {"FAIL": _accept_or_lower(verdicts, terms), "INCONCLUSIVE": _more_items(verdicts)}
     return GateResult(
         verdict=verdict,
         sentence=f"{verdict}: {sentence}",
@@ -288,27 +304,47 @@ def _adjusted(found: Sequence[MetricVerdict]) -> list[MetricVerdict]:
     ]
 
 
-def _with_drift(result: GateResult, drift: GateResult, release: Baseline) -> GateResult:
-    """`result`, made worse where the run has drifted too far from the pinned release."""
+def _with_drift(result: GateResult, drift: GateResult, release: Baseline, path: str) -> GateResult:
+    """`result`, made worse where the run has drifted too far from the pinned release, whose file is at `path`."""
     name = f"the release of {release.date:%Y-%m-%d}"
-    if SEVERITY.index(drift.verdict) <= SEVERITY.index(result.verdict):
-        exit_code = drift.exit_code if drift.verdict == result.verdict else 0
-        changes: dict[str, object] = {"exit_code": max(result.exit_code, exit_code)}
-        return result.model_copy(update=changes | {"drift": drift})
-    way_out = (
-        "drifted in small steps: find them with `ragate baseline diff`, or pin a newer release"
-        if drift.verdict == "FAIL"
-        else drift.way_out
+    alike = drift.verdict == result.verdict != "PASS"
+    way_out = drift.way_out
+    if drift.verdict == "FAIL":
+        way_out = (
+            "it fails until a newer one is pinned"
+            if alike
+            else "drifted in small steps: find them with `ragate baseline diff`, or pin a newer release"
+        )
+    drift = drift.model_copy(
+        update={
+            "way_out": way_out and _naming(path, way_out),
+            "warnings": tuple(_naming(path, warning) for warning in drift.warnings),
+        }
     )
+    if SEVERITY.index(drift.verdict) <= SEVERITY.index(result.verdict):
+        changes: dict[str, object] = {"drift": drift}
+        if alike:
+            changes["exit_code"] = max(result.exit_code, drift.exit_code)
+            if drift.way_out != result.way_out:
+                changes["way_out"] = f"{result.way_out}; as for the release, {drift.way_out}"
+        return result.model_copy(update=changes)
     return result.model_copy(
         update={
             "verdict": drift.verdict,
             "sentence": f"{drift.verdict}: against {name}, {drift.sentence.partition(': ')[2]}",
             "exit_code": drift.exit_code,
             "reasons": tuple(f"against {name}: {reason}" for reason in drift.reasons),
-            "way_out": way_out,
+            "way_out": drift.way_out,
             "drift": drift,
         }
+    )
+
+
+def _naming(path: str, text: str) -> str:
+    """`text` with its commands that read or write a baseline pointed at the one at `path`."""
+    option = f"--baseline {shlex.quote(path)}"
+    return re.sub(
+        r"`ragate (?:baseline \w+|eval --update-baseline)", lambda found: f"{found[0]} {option}", text
     )
 
 
@@ -666,6 +702,25 @@ def _below(value: float, floor: float) -> str:
 def chance(p: float) -> str:
     """A p-value for people."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def _accept_or_lower(verdicts: Sequence[MetricVerdict], terms: _Terms) -> str:
+    """How a FAIL is accepted where it is wanted: a floor holds whatever the baseline is."""
+    failed = [v for v in verdicts if v.verdict == "FAIL"]
+    floors = ", ".join(v.metric for v in failed if v.below_floor)
+    if not floors:
+        return ACCEPT
+    lower = f"lower `min` of {floors} in ragate.toml"
+    if all(v.below_floor and not _fails_by_itself(v, terms) for v in failed):
+        return f"no new baseline mends a mean below its floor: raise it, or {lower} if the change is wanted"
+    return f"{ACCEPT}; a mean below its floor it does not accept: for that, {lower}"
+
+
+def _fails_by_itself(v: MetricVerdict, terms: _Terms) -> bool:
+    """Whether it fails against the baseline, its floor aside."""
+    if v.drop is None or v.limit is None or v.upper is None or v.p is None:
+        return False
+    return bool(v.broken) or verdict_of_drop(v.drop, v.upper, v.p, v.limit, terms.strategy) == "FAIL"
 
 
 def _more_items(verdicts: Sequence[MetricVerdict]) -> str:

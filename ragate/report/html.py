@@ -174,10 +174,10 @@ def _in_pre(text: str) -> Markup:
 
 
 def _commands(text: str) -> Markup:
-    """Escaped, with our commands marked as code."""
+    """Escaped, with our commands and settings marked as code."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub("`(ragate [a-z ]+)`", r"<code>\1</code>", str(escape(visible(text)))))
+    return Markup(re.sub("`(ragate [^`]+|min)`", r"<code>\1</code>", str(escape(visible(text)))))
 
 
 def _cut(text: str, longest: int) -> str:
@@ -223,7 +223,11 @@ def _spoken(text: str) -> str:
 
 
 def _warnings(gate: GateResult | None) -> list[str]:
-    return [_spoken(warning.removeprefix("WARN: ")) for warning in gate.warnings] if gate else []
+    return [_warning(warning) for warning in gate.warnings] if gate else []
+
+
+def _warning(warning: str) -> str:
+    return _spoken(warning.removeprefix("WARN: "))
 
 
 def _sentence_of(gate: GateResult) -> str:
@@ -242,6 +246,7 @@ def _drift(gate: GateResult | None) -> dict[str, Any] | None:
         "word": gate.drift.verdict,
         "tone": TONES[gate.drift.verdict],
         "sentence": _sentence_of(gate.drift),
+        "warnings": [_warning(warning) for warning in gate.drift_warnings],
         "metrics": [
             (v, TONES[v.verdict], interval)
             for v in gate.drift.metrics

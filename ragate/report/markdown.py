@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ragate.gate.verdict import GateResult, MetricVerdict
     from ragate.run import Run, Score
 
-COMMAND = re.compile(r"(`ragate [a-z -]+`)")
-"""A command in a sentence of ours."""
+COMMAND = re.compile(r"(`(?:ragate [\w./ -]+|min)`)")
+"""A command or a setting in a sentence of ours."""
 LONGEST_COMMENT = 65_536
 """Characters that GitHub takes in one comment."""
 LONGEST_SUMMARY = 2**20 // 4
@@ -123,6 +123,8 @@ def _opening(run: Run, gate: GateResult | None, baseline: Baseline | None, notes
         drift = gate.drift.sentence
         if drift.partition(": ")[2] not in gate.sentence:
             listed.append(f"> - against the release: {_prose(drift, 1200)}")
+        told = (w for w in gate.drift_warnings if w not in drift)
+        listed += [f"> - ⚠️ against the release: {_prose(text)}" for text in told]
     if listed:
         lines += [">", *_bounded(listed, "> - …")]
     return [*lines, ""]

@@ -67,6 +67,9 @@ def print_gate(console: Console, run: Run, gate: GateResult) -> None:
         _say(console, Text(plain(power), "dim"))
     if gate.drift is not None:
         _say(console, Text.assemble("against the release: ", _sentence(gate.drift)))
+        for warning in gate.drift_warnings:
+            if warning not in gate.drift.sentence:
+                _say(console, Text(f"! against the release: {plain(warning)}", "yellow"))
     if len(gate.reasons) > 1:
         for reason in gate.reasons:
             _say(console, Text(f"- {plain(reason)}"), 2)

@@ -311,14 +311,42 @@ def test_an_open_verdict_exits_0_or_2_as_the_flag_says(ragate: Ragate) -> None:
 
 def test_a_pinned_release_is_held_against_too(ragate: Ragate) -> None:
     for name, level in (("release", 1.0), ("base", 0.96), ("head", 0.94)):
-        store(plain_run({"m": [level] * 50}), name)
+        store(plain_run({"faithfulness": [level] * 50}), name)
     ragate("baseline", "set", "release", "--baseline", "release.json")
     assert ragate("check", "base", "head").code == 0
     drifted = ragate("check", "base", "head", "--release", "release.json")
     assert drifted.code == 1
-    assert re.search(r"FAIL: against the release of \d{4}-\d\d-\d\d, m fell 6\.0 pt", drifted.out)
+    assert re.search(r"FAIL: against the release of \d{4}-\d\d-\d\d, faithfulness fell 6\.0 pt", drifted.out)
+    assert "`ragate baseline diff --baseline release.json`" in drifted.out
+    narrowed = ragate("check", "base", "head", "--release", "release.json", "--metrics", "faithfulness")
+    assert (narrowed.code, narrowed.out) == (1, drifted.out)
     Path("ragate.toml").write_text('release = "gone.json"\n')
     assert ragate("check", "base", "head").code == 3
+
+
+def test_warnings_about_the_release_reach_terminal_report_comment_and_junit(ragate: Ragate) -> None:
+    run = good_run(40)
+    store(run, "base")
+    ragate("baseline", "set", "base")
+    ragate("baseline", "set", "base", "--baseline", "release.json")
+    old = json.loads(Path("release.json").read_text())
+    del old["clusters"]
+    Path("release.json").write_text(json.dumps(old | {"version": 2}))
+    store(run, "head")
+    Path("ragate.toml").write_text('release = "release.json"\n')
+    told = "clusters count, which a change may edit; "
+    assert (
+        "! against the release: the baseline is of an older version and does not know which items belong"
+        in (ragate("check", "baselines/llm-serving.json", "head").out)
+    )
+    assert ragate("report", "head").code == 0
+    command = "ragate baseline set --baseline release.json"
+    for file in ("report.html", "comment.md", "junit.xml"):
+        text = Path("head", file).read_text()
+        assert text.count(told) >= 1, file
+        assert command in text, file
+    assert "<code>ragate baseline set --baseline release.json</code>" in Path("head/report.html").read_text()
+    assert "`ragate baseline set --baseline release.json`" in Path("head/comment.md").read_text()
 
 
 def test_a_critical_item_that_broke_fails_check(ragate: Ragate) -> None:

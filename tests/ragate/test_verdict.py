@@ -497,6 +497,23 @@ def test_a_mean_below_its_floor_fails_whatever_the_baseline_was() -> None:
     assert _two([0.8] * 20, [0.8] * 20, rules={"b": Rule(min=0.8)}).verdict == "PASS"
 
 
+def test_the_way_out_of_a_breached_floor_is_not_to_bless_it() -> None:
+    floor = {"b": Rule(min=0.795)}
+    alone = _two([0.8] * 20, [0.79] * 20, rules=floor).way_out
+    assert alone == (
+        "no new baseline mends a mean below its floor: raise it, or lower `min` of b in ragate.toml if the change is "
+        "wanted"
+    )
+    for a, b in ((0.5, 0.79), (0.8, 0.5)):
+        assert _two([a] * 20, [b] * 20, rules=floor).way_out == (
+            "if the change is wanted, `ragate baseline bless` accepts it as the new baseline; a mean below its floor "
+            "it does not accept: for that, lower `min` of b in ragate.toml"
+        )
+    assert _two([0.5] * 20, [0.8] * 20, rules=floor).way_out == (
+        "if the change is wanted, `ragate baseline bless` accepts it as the new baseline"
+    )
+
+
 def test_a_floor_of_a_metric_that_nobody_scored_is_invalid_not_forgotten() -> None:
     result = _two([0.8] * 20, [0.8] * 20, rules={"c": Rule(min=0.5)})
     assert result.reasons == ("c is missing in the baseline and the run",)
@@ -569,6 +586,58 @@ def test_a_release_that_cannot_be_compared_is_invalid() -> None:
     result = decide(_baseline(run), run, release=other)
     assert (result.verdict, result.exit_code) == ("INVALID", 3)
     assert result.reasons[0].startswith("against the release of 2025-11-20: ")
+    assert "`ragate baseline rescore --baseline RELEASE` judges" in (result.way_out or "")
+    assert "`ragate baseline set --baseline RELEASE` makes" in (result.way_out or "")
+    named = decide(_baseline(run), run, release=other, release_path="my baselines/1.4.json")
+    assert "`ragate baseline rescore --baseline 'my baselines/1.4.json'`" in (named.way_out or "")
+
+
+def test_where_baseline_and_release_are_both_of_another_judge_both_ways_out_are_named() -> None:
+    run = plain_run({"m": [1.0] * 20})
+    other = _baseline(plain_run({"m": [1.0] * 20}, fingerprint={"judge": "older"}))
+    way_out = decide(other, run, release=other, release_path="r.json").way_out or ""
+    assert "`ragate baseline rescore` judges" in way_out
+    assert "; as for the release, scores made in another way" in way_out
+    assert "`ragate baseline rescore --baseline r.json` judges" in way_out
+
+
+def test_what_fails_against_the_release_as_well_is_not_said_to_be_mended_by_a_bless() -> None:
+    base = _baseline(plain_run({"m": [1.0] * 20}))
+    failed = decide(base, plain_run({"m": [0.5] * 20}), release=base)
+    assert (failed.way_out or "").endswith("; as for the release, it fails until a newer one is pinned")
+    drifted = decide(
+        _baseline(plain_run({"m": [0.5] * 20})),
+        plain_run({"m": [0.5] * 20}),
+        release=base,
+        release_path="r.json",
+    )
+    assert "find them with `ragate baseline diff --baseline r.json`" in (drifted.way_out or "")
+
+
+def test_a_floor_is_no_drift() -> None:
+    run = plain_run({"m": [0.5] * 20})
+    result = decide(_baseline(run), run, release=_baseline(run), rules={"m": Rule(min=0.8)})
+    assert result.drift is not None and result.drift.verdict == "PASS"
+    assert (result.verdict, (result.way_out or "").startswith("no new baseline")) == ("FAIL", True)
+
+
+def test_warnings_about_the_release_are_those_that_the_run_does_not_have_itself() -> None:
+    run = _clustered_run([1.0] * 60, [f"d{i // 5}" for i in range(60)])
+    old = _baseline(run).model_copy(update={"clusters": None})
+    assert decide(_baseline(run), run, release=_baseline(run)).drift_warnings == ()
+    (told,) = decide(_baseline(run), run, release=old, release_path="r.json").drift_warnings
+    assert "`ragate baseline set --baseline r.json` makes one that knows" in told
+
+
+def test_metrics_asked_for_by_name_are_held_against_the_release_or_said_not_to_be() -> None:
+    run = plain_run({"m": [0.5] * 20, "new": [1.0] * 20, "other": [1.0] * 20})
+    release = _baseline(plain_run({"m": [1.0] * 20, "other": [1.0] * 20}))
+    both = decide(_baseline(run), run, release=release, metrics=["m", "new"])
+    assert both.drift is not None and [v.metric for v in both.drift.metrics] == ["m"]
+    told = "drift since the release is not watched for new: its baseline has no such scores"
+    assert (both.verdict, both.warnings) == ("FAIL", (told,))
+    alone = decide(_baseline(run), run, release=release, metrics=["new"])
+    assert (alone.verdict, alone.drift, alone.warnings) == ("PASS", None, (told,))
 
 
 def test_a_metric_that_is_younger_than_the_release_is_no_obstacle() -> None:
