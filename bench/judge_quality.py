@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--max-batch", type=int, help="requests that run at once")
     parser.add_argument("--adapter", type=Path, help="LoRA adapter that the judges wear")
-    parser.add_argument("--render", type=Path, metavar="FILE", help="only write the prompts (.jsonl or .jsonl.gz)")
+    parser.add_argument(
+        "--render", type=Path, metavar="FILE", help="only write the prompts (.jsonl or .jsonl.gz)"
+    )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="answer these prompts")
     parser.add_argument("--answers", type=Path, nargs="+", metavar="FILE", help="score these answers")
     parser.add_argument("--out", type=Path, help="answers (with --prompts) or the result, as JSON")
@@ -91,7 +93,9 @@ def both_rounds(judge: str, options: argparse.Namespace) -> Rows:
 
 def read_rows(path: Path) -> Rows:
     """The rows of a .jsonl or .jsonl.gz file."""
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as f:
+    with (
+        gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as f
+    ):
         return [json.loads(line) for line in f]
 
 
@@ -251,14 +255,14 @@ def report(answered: Sequence[tuple[str, Rows]], options: argparse.Namespace) ->
 
 def scored(name: str, answers: Rows, head: dict[str, Any], options: argparse.Namespace) -> Quality | None:
     """The figures of one judge on one set; `None` where it was asked nothing of it."""
-    from ragate.judging.asks import Said, rows_of, said_of
+    from ragate.judging.asks import CALLS, Key, Said, rows_of, said_of
     from ragate.judging.quality import Source, quality_of
 
     file, subject, _ = SETS[name]
-    call = "nli" if subject == "faithfulness" else "precision"
+    call = CALLS[subject]
     items = items_of(name, options)
     by_id = {item.id: item for item in items}
-    said: dict[tuple[str, int], tuple[Said, ...]] = {}
+    said: dict[Key, tuple[Said, ...]] = {}
     broken = set()
     asked = 0
     for row in answers:
@@ -270,13 +274,13 @@ def scored(name: str, answers: Rows, head: dict[str, Any], options: argparse.Nam
         part = int(tail)
         try:
             text = by_id[item].contexts[part] if subject == "relevance" else ""
-            said[item, part] = said_of(call, row["output"], row["verdicts"], text)
+            said[call, item, part] = said_of(call, row["output"], row["verdicts"], text)
         except ValueError:  # cut at its limit, or too long to be asked
             broken.add(item)
     if not asked:
         return None
     if subject == "faithfulness":
-        said = {key: value for key, value in said.items() if key[0] not in broken}
+        said = {key: value for key, value in said.items() if key[1] not in broken}
     rows, missing = rows_of(items, subject, said)
     source = Source(head["judge"], subject, options.statements, file, 0, tuple(missing))
     return quality_of(rows, source)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ragate import __version__
+from ragate.cli_judge import judge
 from ragate.errors import EXIT_INTERRUPTED, EXIT_INVALID, EXIT_USAGE, CatalogError, RagateError
 from ragate.report.untrusted import plain
 
@@ -687,6 +688,9 @@ def models_advise(model: str, device: str, context: int | None, format_: str) ->
     else:
         print_advice(console(), advice)
     return 0
+
+
+cli.add_command(judge)
 
 
 @cli.command()

@@ -89,6 +89,10 @@ class Judge(InstructorBaseRagasLLM):  # type: ignore[misc]
     async def aclose(self) -> None:
         """Let go of what belongs to the running event loop."""
 
+    def forget(self) -> None:
+        """Forget every answer: the next asking computes it anew, unless a journal has it."""
+        self._known.clear()
+
     async def _ask(self, key: str, prompt: str, schema: AnswerSchema) -> CallEntry:
         raise NotImplementedError  # abstract
 

@@ -119,7 +119,7 @@ def run_suite(
     if testset.reserve and (settings.reserve == "always" or (update and settings.reserve == "auto")):
         testset = testset.with_reserve()
     # before the run folder: a mistyped judge leaves nothing behind
-    judge = _named_judge(settings, say)
+    judge = named_judge(settings, say)
 
     with ExitStack() as stack:
         journal = stack.enter_context(Journal.open(folder / "journal.jsonl"))
@@ -134,7 +134,7 @@ def run_suite(
     return Outcome(run, gate, baseline, path, costs, written)
 
 
-def _named_judge(settings: Settings, say: Say) -> UrlJudge | catalog.JudgeChoice:
+def named_judge(settings: Settings, say: Say) -> UrlJudge | catalog.JudgeChoice:
     """The judge that the settings name: an endpoint that is there, or a model, fetched but not yet loaded."""
     if is_url(settings.judge):
         from ragate.judge import UrlJudge
@@ -175,20 +175,10 @@ def _judged_until_decided(
     return run, timings, verdict_of(settings, baseline, run, release)
 
 
-def _judging(
-    settings: Settings,
-    names: tuple[str, ...],
-    spec: str,
-    named: UrlJudge | catalog.JudgeChoice,
-    journal: Journal,
-    say: Say,
-    on_event: Callable[[Event], None],
-    stack: ExitStack,
-) -> Callable[[TestSet], tuple[Run, Timings]]:
-    """Open judge, target and embeddings for these metrics; what comes back judges a test set with them.
-
-    Heavy imports happen here. Whoever has judged all appends a `DoneEntry` to the journal.
-    """
+def start_judge(
+    settings: Settings, named: UrlJudge | catalog.JudgeChoice, say: Say, stack: ExitStack
+) -> Callable[[], Judge]:
+    """Begin to load the judge, closed again by `stack`; what comes back waits for it. Heavy imports happen here."""
     from concurrent.futures import ThreadPoolExecutor
 
     from ragate import session
@@ -206,13 +196,39 @@ def _judging(
         )
     )
     stack.callback(session.close_engines)
-    loading = None
-    if isinstance(named, catalog.JudgeChoice):
-        # the model loads while ragas and the embeddings are imported: each takes seconds
-        loader = stack.enter_context(ThreadPoolExecutor(1, "ragate-load"))
-        loading = loader.submit(
-            session.open_engine, named.path, lambda done, total: say("loading the judge", done, total)
-        )
+    if not isinstance(named, catalog.JudgeChoice):
+        endpoint = named
+        return lambda: endpoint
+    path, name = named.path, named.name or str(named.path)
+    # the model loads while ragas and the embeddings are imported: each takes seconds
+    loader = stack.enter_context(ThreadPoolExecutor(1, "ragate-load"))
+    loading = loader.submit(
+        session.open_engine, path, lambda done, total: say("loading the judge", done, total)
+    )
+
+    def opened() -> Judge:
+        from ragate.judge import EngineJudge
+
+        return EngineJudge(loading.result(), name)
+
+    return opened
+
+
+def _judging(
+    settings: Settings,
+    names: tuple[str, ...],
+    spec: str,
+    named: UrlJudge | catalog.JudgeChoice,
+    journal: Journal,
+    say: Say,
+    on_event: Callable[[Event], None],
+    stack: ExitStack,
+) -> Callable[[TestSet], tuple[Run, Timings]]:
+    """Open judge, target and embeddings for these metrics; what comes back judges a test set with them.
+
+    Heavy imports happen here. Whoever has judged all appends a `DoneEntry` to the journal.
+    """
+    opened = start_judge(settings, named, say, stack)
 
     from ragate.evaluate import evaluate
     from ragate.metrics import metrics_named
@@ -232,15 +248,8 @@ def _judging(
         )
         embeddings = MiniLM()
         stack.callback(embeddings.close)
-    note = None
-    if isinstance(named, catalog.JudgeChoice):
-        from ragate.judge import EngineJudge
-
-        assert loading is not None
-        judge: Judge = EngineJudge(loading.result(), named.name or str(named.path))
-        note = named.note
-    else:
-        judge = named
+    judge = opened()
+    note = named.note if isinstance(named, catalog.JudgeChoice) else None
     return lambda testset: evaluate(
         testset,
         names,
@@ -279,7 +288,7 @@ def rescore(
         hash=stored.testset_hash,
         reserve_hash=stored.reserve_hash,
     )
-    judge = _named_judge(settings, say)
+    judge = named_judge(settings, say)
     with ExitStack() as stack:
         journal = stack.enter_context(Journal.open(folder / "journal.jsonl"))
         judged = _judging(settings, metrics, "stored", judge, journal, say, on_event, stack)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ragate.errors import RunError
 from ragate.judging.labelled import Labelled, Subject
@@ -13,6 +13,10 @@ from ragate.run import Frozen
 
 Call = Literal["statements", "nli", "precision"]
 """ragas' prompts: cut an answer into statements, judge statements by the contexts, judge one context."""
+
+
+CALLS: dict[Subject, Call] = {"faithfulness": "nli", "relevance": "precision"}
+"""The call that judges what is labelled."""
 
 
 class Ask(Frozen):
@@ -37,6 +41,18 @@ class Said(Frozen):
     probability: float
     """P(verdict = 1); the verdict itself where the judge gives no probabilities."""
     reason: str
+
+
+Key = tuple[Call, str, int]
+"""Which verdicts: of which call, item and part."""
+
+
+class Heard(NamedTuple):
+    """What a judge said to many asks."""
+
+    said: dict[Key, tuple[Said, ...]]
+    failed: dict[str, str]
+    """Item -> why a call of it has no answer."""
 
 
 class Row(Frozen):
@@ -118,22 +134,27 @@ def context_row(item: Labelled, index: int, said: Said) -> Row:
 
 
 def rows_of(
-    items: Sequence[Labelled], subject: Subject, said: Mapping[tuple[str, int], Sequence[Said]]
+    items: Sequence[Labelled], subject: Subject, said: Mapping[Key, Sequence[Said]]
 ) -> tuple[list[Row], list[str]]:
-    """(rows in the items' order, ids of what has no verdict); `said` has the verdicts by item and part.
+    """(rows in the items' order, ids of what has no verdict); `said` has the verdicts.
 
     An answer needs all its parts: `said` must hold none of an item of which one failed.
     """
+    call = CALLS[subject]
+    parts: dict[str, list[int]] = {}
+    for kind, name, part in sorted(said):
+        if kind == call:
+            parts.setdefault(name, []).append(part)
     rows: list[Row] = []
     missing: list[str] = []
     for item in items:
-        found = sorted(part for name, part in said if name == item.id)
+        found = parts.get(item.id, [])
         if subject == "faithfulness":
             if found:
-                rows.append(answer_row(item, [each for part in found for each in said[item.id, part]]))
+                rows.append(answer_row(item, [each for part in found for each in said[call, item.id, part]]))
             else:
                 missing.append(item.id)
             continue
-        rows += [context_row(item, part, said[item.id, part][0]) for part in found]
+        rows += [context_row(item, part, said[call, item.id, part][0]) for part in found]
         missing += [f"{item.id}#{i}" for i in range(len(item.contexts)) if i not in found]
     return rows, missing

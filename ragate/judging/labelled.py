@@ -52,7 +52,9 @@ def load_labelled(path: Path, subject: Subject) -> tuple[list[Labelled], int]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as e:
-        raise TestSetError(f"{path}: cannot be read: {e.strerror}; name a .jsonl file of labelled answers") from None
+        raise TestSetError(
+            f"{path}: cannot be read: {e.strerror}; name a .jsonl file of labelled answers"
+        ) from None
     except UnicodeDecodeError as e:
         raise TestSetError(f"{path}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
     found: list[Labelled] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,10 +11,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from ragate.errors import ConfigError
 from ragate.files import write_whole
-from ragate.judging.stats import SEED, Floats, Ints, group_codes, halves
+from ragate.judging.stats import SEED, Floats, Ints, halves
 from ragate.run import Frozen
 
 Method = Literal["temperature", "isotonic"]
+METHODS: tuple[Method, ...] = ("temperature", "isotonic")
 
 LEAST = 1e-6
 """Probabilities are kept this far from 0 and 1: they come with 6 decimals."""
@@ -52,16 +52,14 @@ def apply(fitted: ScoreMap, scores: Floats, method: Method) -> Floats:
     if method == "temperature":
         return _sigmoid(_logit(scores) / fitted.temperature)
     x, y = np.array(fitted.knots, dtype=np.float64).T
-    return np.interp(scores, x, y)
+    return np.asarray(np.interp(scores, x, y), dtype=np.float64)
 
 
-def fit(scores: Sequence[float], labels: Sequence[int], clusters: Sequence[object]) -> ScoreMap:
+def fit(scores: Floats, labels: Ints, clusters: Ints) -> ScoreMap:
     """Both maps, fitted on all; which one is used is decided on halves of the clusters."""
-    s, y = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.int64)
-    codes = group_codes([str(cluster) for cluster in clusters])
-    losses = {method: log_loss(crossfitted(s, y, codes, method), y) for method in _METHODS}
-    fitted = _fitted(s, y)
-    return fitted.model_copy(update={"method": min(_METHODS, key=lambda method: losses[method])})
+    losses = {method: log_loss(crossfitted(scores, labels, clusters, method), labels) for method in METHODS}
+    fitted = _fitted(scores, labels)
+    return fitted.model_copy(update={"method": min(METHODS, key=lambda method: losses[method])})
 
 
 def crossfitted(scores: Floats, labels: Ints, clusters: Ints, method: Method) -> Floats:
@@ -80,11 +78,10 @@ def log_loss(scores: Floats, labels: Ints) -> float:
     return float(-np.mean(np.where(labels == 1, np.log(kept), np.log1p(-kept))))
 
 
-_METHODS: tuple[Method, ...] = ("temperature", "isotonic")
-
-
 def _fitted(scores: Floats, labels: Ints) -> ScoreMap:
-    return ScoreMap(temperature=_temperature(scores, labels), knots=_knots(scores, labels), method="temperature")
+    return ScoreMap(
+        temperature=_temperature(scores, labels), knots=_knots(scores, labels), method="temperature"
+    )
 
 
 def _temperature(scores: Floats, labels: Ints) -> float:
@@ -105,7 +102,11 @@ def _knots(scores: Floats, labels: Ints) -> tuple[tuple[float, float], ...]:
     shares = np.bincount(ranks, labels) / counts
     level = isotonic_regression(shares, weights=counts.astype(np.float64)).x
     # of a level stretch its ends are enough
-    kept = [i for i in range(len(level)) if not 0 < i < len(level) - 1 or not level[i - 1] == level[i] == level[i + 1]]
+    kept = [
+        i
+        for i in range(len(level))
+        if not 0 < i < len(level) - 1 or not level[i - 1] == level[i] == level[i + 1]
+    ]
     return tuple((float(values[i]), round(float(level[i]), 9)) for i in kept)
 
 

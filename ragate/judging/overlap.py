@@ -6,14 +6,15 @@ import re
 from collections.abc import Iterable
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
-_STOP = frozenset(
-    "a about above after again all also am an and any are as at based be because been before being between both but by "
-    "can could did do does doing down during each few for from further given had has have having he her here hers him "
-    "his how i if in into is it its it's just may me might more most must my no nor not of off on once only or other "
-    "our out over own passage passages provided same shall she should so some such than that the their them then there "
-    "these they this those through to too under until up very was we were what when where which while who whom why "
-    "will with would you your".split()
-)
+_COMMON = """
+a about above after again all also am an and any are as at based be because been before being between
+both but by can could did do does doing down during each few for from further given had has have having
+he her here hers him his how i if in into is it its it's just may me might more most must my no nor not
+of off on once only or other our out over own passage passages provided same shall she should so some
+such than that the their them then there these they this those through to too under until up very was we
+were what when where which while who whom why will with would you your
+"""
+_STOP = frozenset(_COMMON.split())
 """Words that any English text holds, and those by which an answer refers to its passages."""
 
 

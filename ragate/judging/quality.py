@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 from ragate.judging import stats
 from ragate.judging.asks import Row, Said
 from ragate.judging.labelled import Subject
-from ragate.judging.mapping import ScoreMap, apply, crossfitted, fit
+from ragate.judging.mapping import METHODS, ScoreMap, apply, crossfitted, fit
 from ragate.run import Frozen
 
 HISTOGRAM = 20
@@ -112,6 +112,8 @@ class Quality(Frozen):
     """What got no verdict."""
     scores: tuple[ScoreFigures, ...]
     """The judge's first, the floors last."""
+    gain: Interval
+    """The judge's AUROC less that of word overlap, on the same resamples."""
     as_it_is: Agreement
     """At P = 0.5 of the weakest statement, which is the verdict that the judge gives."""
     at_threshold: Agreement
@@ -166,8 +168,8 @@ def quality_of(rows: Sequence[Row], source: Source, *, resamples: int = stats.RE
     wanted = [
         name for name in SCORES if source.subject == "faithfulness" or name != "judge, mean over statements"
     ]
-    fitted = fit(soft, labels, clusters)
-    after = {m: crossfitted(soft, labels, codes, m) for m in ("temperature", "isotonic")}  # type: ignore[arg-type]
+    fitted = fit(soft, labels, codes)
+    after = {method: crossfitted(soft, labels, codes, method) for method in METHODS}
     mapped = after[fitted.method]
     statement_means = np.array(
         [np.mean(apply(fitted, np.array([s.probability for s in row.said]), fitted.method)) for row in rows]
@@ -186,11 +188,16 @@ def quality_of(rows: Sequence[Row], source: Source, *, resamples: int = stats.RE
             _figures(name, [SCORES[name](row) for row in rows], labels, generators, clusters, resamples)
             for name in wanted
         ),
+        gain=Interval(
+            **stats.auroc_gain(
+                soft.tolist(), [row.overlap for row in rows], labels.tolist(), clusters, resamples=resamples
+            )._asdict()
+        ),
         as_it_is=_agreement(labels, (soft >= 0.5).astype(np.int64)),
         at_threshold=_at_threshold(soft, labels, codes),
         threshold=stats.best_threshold(soft, labels),
         error_before=stats.calibration_error(soft, labels),
-        error_after={name: stats.calibration_error(s, labels) for name, s in after.items()},
+        error_after={str(name): stats.calibration_error(s, labels) for name, s in after.items()},
         scores_map=fitted,
         shown_hard=_gap(hard, labels),
         shown_soft=_gap(statement_means, labels),
@@ -227,7 +234,7 @@ def _agreement(labels: stats.Ints, verdicts: stats.Ints) -> Agreement:
         specificity=cells.specificity,
         balanced_accuracy=cells.balanced_accuracy,
         kappa=stats.kappa(labels, verdicts),
-        counts=tuple(cells),
+        counts=cells,
     )
 
 
@@ -239,13 +246,13 @@ def _at_threshold(soft: stats.Floats, labels: stats.Ints, clusters: stats.Ints) 
             sensitivity=nan, specificity=nan, balanced_accuracy=nan, kappa=nan, counts=(nan, nan, nan, nan)
         )
     counts = np.mean([each.confusion for each in found], axis=0)
-    cells = stats.Confusion(*(float(count) for count in counts))
+    cells = stats.Confusion(*(round(float(count), 2) for count in counts))
     return Agreement(
         sensitivity=cells.sensitivity,
         specificity=cells.specificity,
         balanced_accuracy=float(np.mean([each.balanced_accuracy for each in found])),
         kappa=float(np.mean([stats.kappa(labels, each.verdicts) for each in found])),
-        counts=tuple(round(count, 2) for count in cells),
+        counts=cells,
     )
 
 

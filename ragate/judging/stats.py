@@ -174,9 +174,7 @@ def halving(
             return None
         threshold = best_threshold(scores[chosen], labels[chosen], weights[chosen])
         verdicts[tested] = scores[tested] >= threshold
-        accuracies.append(
-            confusion(labels[tested], verdicts[tested], weights[tested]).balanced_accuracy
-        )
+        accuracies.append(confusion(labels[tested], verdicts[tested], weights[tested]).balanced_accuracy)
     return Halving(verdicts, confusion(labels, verdicts, weights), sum(accuracies) / 2)
 
 
@@ -293,3 +291,23 @@ def discrimination(
     }
     found: dict[str, Any] = {name: Interval(values[name], *intervals[name]) for name in values}
     return Discrimination(**found)
+
+
+def auroc_gain(
+    scores: Sequence[float],
+    others: Sequence[float],
+    labels: Sequence[int],
+    clusters: Sequence[Hashable],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> Interval:
+    """AUROC of `scores` less that of `others` on the same items, with its paired cluster-bootstrap interval."""
+    y = np.asarray(labels, dtype=np.int64)
+    ours, theirs = (_ranks(np.asarray(each, dtype=np.float64)) for each in (scores, others))
+
+    def figures(weights: Floats, number: int) -> Figures:
+        return {"gain": _ratio(*_wins(ours, y, weights)) - _ratio(*_wins(theirs, y, weights))}
+
+    interval = cluster_bootstrap(figures, group_codes(clusters), resamples=resamples, seed=seed)["gain"]
+    return Interval(figures(np.ones(len(y)), 0)["gain"], *interval)

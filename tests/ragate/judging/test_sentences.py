@@ -16,7 +16,10 @@ from ragate.judging.sentences import even_parts, sentences_of
             "Dr. Smith paid $3.5 million in the U.S. last year. He left.",
             ["Dr. Smith paid $3.5 million in the U.S. last year.", "He left."],
         ),
-        ("J. K. Rowling, e.g. in 1997, wrote it. Really!", ["J. K. Rowling, e.g. in 1997, wrote it. Really!"]),
+        (
+            "J. K. Rowling, e.g. in 1997, wrote it. Really!",
+            ["J. K. Rowling, e.g. in 1997, wrote it. Really!"],
+        ),
         ('She said "No way." Then she left.', ['She said "No way."', "Then she left."]),
         ("It was in 1984. 5 people came.", ["It was in 1984.", "5 people came."]),
         ("Is it open? It is. Come in!", ["Is it open?", "It is.", "Come in!"]),
@@ -55,7 +58,9 @@ def test_list_items_are_statements_and_short_ones_keep_their_lead_in(text: str, 
 
 
 def test_what_states_nothing_is_left_out() -> None:
-    text = "Sure! The sky is blue (Passage 1) and wide [2, 3]. I hope this helps! Let me know if you want more."
+    text = (
+        "Sure! The sky is blue (Passage 1) and wide [2, 3]. I hope this helps! Let me know if you want more."
+    )
     assert sentences_of(text) == ["The sky is blue and wide."]
     assert sentences_of("It rained (as mentioned in Passage 2). It was cold (2019).") == [
         "It rained.",
