@@ -82,6 +82,11 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--target", help="What answers: stored, module:callable, http://… or cmd:…"),
         click.option("--baseline", help="Baseline file [baselines/SUITE.json]."),
         click.option(
+            "--scores",
+            type=click.Choice(["hard", "soft"]),
+            help="Of verdicts or of their probabilities [hard].",
+        ),
+        click.option(
             "--reserve",
             type=click.Choice(["auto", "always", "never"]),
             help="When the reserve is judged; auto: once if INCONCLUSIVE, and for a baseline [auto].",

@@ -25,12 +25,15 @@ from ragate.gate.baseline import (
 )
 from ragate.gate.verdict import EVALUATE_RESERVE, MAX_UNSCORED, GateResult, decide
 from ragate.run import Run, joined, load_run, save_run
+from ragate.soft import FIELD
 
 if TYPE_CHECKING:
     from ragate.config import Settings
     from ragate.evaluate import Event, Timings
     from ragate.journal import Journal
     from ragate.judge import Judge, UrlJudge
+    from ragate.judging.mapping import Calibration
+    from ragate.soft import SoftScores
     from ragate.testset import TestSet
 
 Say = Callable[[str, int, int], None]
@@ -116,6 +119,7 @@ def run_suite(
     if update and not force and baseline is not None:
         refuse_fewer_metrics(baseline, settings.metrics, path)
     release = load_release(settings)
+    load_soft(settings)  # a broken map, too, is to be found out before the judging
     if testset.reserve and (settings.reserve == "always" or (update and settings.reserve == "auto")):
         testset = testset.with_reserve()
     # before the run folder: a mistyped judge leaves nothing behind
@@ -228,6 +232,7 @@ def _judging(
 
     Heavy imports happen here. Whoever has judged all appends a `DoneEntry` to the journal.
     """
+    soft = load_soft(settings)
     opened = start_judge(settings, named, say, stack)
 
     from ragate.evaluate import evaluate
@@ -261,6 +266,7 @@ def _judging(
         on_event=on_event,
         call_timeout=settings.call_timeout,
         ends=False,
+        soft=soft,
     )
 
 
@@ -297,6 +303,39 @@ def rescore(
     return run.model_copy(update={"target": stored.target})
 
 
+def load_soft(settings: Settings) -> SoftScores | None:
+    """How probabilities become scores, or `None` where verdicts do. Raises ConfigError for a broken calibration."""
+    if settings.scores == "hard":
+        return None
+    from ragate.soft import SoftScores
+
+    return SoftScores(load_known(settings))
+
+
+def load_known(settings: Settings) -> Calibration | None:
+    """What is known of the judge, where the settings name it. Raises ConfigError."""
+    if settings.calibration is None:
+        return None
+    from ragate.judging.mapping import load_calibration
+
+    return load_calibration(Path(settings.calibration))
+
+
+def known_accuracy(settings: Settings, run: Run) -> dict[str, float]:
+    """Metric -> balanced accuracy of the judge on labels, where it is known.
+
+    `judge_accuracy` holds for all metrics; a calibration of this judge for its own: scores that show the share s of a
+    true drop are those of a judge with the balanced accuracy (1 + s) / 2.
+    """
+    accuracy = settings.judge_accuracy
+    known = {} if accuracy is None else dict.fromkeys(run.metrics, accuracy)
+    calibration = load_known(settings)
+    if calibration is None or calibration.differences(run.fingerprint):
+        return known
+    shown = calibration.shown_hard if FIELD not in run.fingerprint else calibration.shown_soft
+    return known | {calibration.metric: (1 + shown) / 2} if shown > 0 else known
+
+
 def load_release(settings: Settings) -> Baseline | None:
     """The pinned baseline of the last release, where the settings name one."""
     return load_base(Path(settings.release)) if settings.release else None
@@ -324,7 +363,7 @@ def verdict_of(
         metrics=metrics,
         rules=settings.gate,
         release=release,
-        judge_accuracy=settings.judge_accuracy,
+        judge_accuracy=known_accuracy(settings, run),
     )
 
 

@@ -136,10 +136,11 @@ def write_calibration(folder: Path, quality: Quality, calibration: Calibration) 
 
     figures = folder / figures_name(quality.subject, quality.statements)
     write_whole(figures, quality.model_dump_json(indent=1) + "\n")
-    save_calibration(calibration, folder / "calibration.json")
-    page = folder / "calibration.html"
+    fitted = folder / f"{quality.subject}-map.json"
+    save_calibration(calibration, fitted)
+    page = folder / f"{quality.subject}.html"
     write_whole(page, render_calibration(quality, other_way(folder, quality)))
-    return figures, folder / "calibration.json", page
+    return figures, fitted, page
 
 
 def figures_name(subject: Subject, statements: str) -> str:

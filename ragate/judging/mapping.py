@@ -122,7 +122,7 @@ def _sigmoid(logits: Floats) -> Floats:
 
 
 class Calibration(Frozen):
-    """What is known of one judge, for whoever uses it: `ragate judge calibrate` writes it as calibration.json."""
+    """What is known of one judge, for whoever uses it: `ragate judge calibrate` writes it as SUBJECT-map.json."""
 
     version: Literal[1] = 1
     judge: str

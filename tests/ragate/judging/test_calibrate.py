@@ -57,14 +57,14 @@ def test_a_calibration_writes_figures_a_map_and_a_page(
 ) -> None:
     ended = ragate("judge", "calibrate", labelled(), "--judge", "judge.gguf", "-q")
     assert ended.code == 0, ended.err
-    assert "word overlap" in ended.out and "calibration.html" in ended.out
+    assert "word overlap" in ended.out and "faithfulness.html" in ended.out
     found = Quality.model_validate_json((FOLDER / "faithfulness-sentences.json").read_text())
     assert (found.items, found.positive, found.clusters, found.failed) == (12, 6, 6, ())
     assert found.scores[0].auroc.lower <= found.scores[0].auroc.value <= found.scores[0].auroc.upper
-    kept = load_calibration(FOLDER / "calibration.json")
+    kept = load_calibration(FOLDER / "faithfulness-map.json")
     assert kept.metric == "faithfulness" and kept.shown_hard == pytest.approx(found.shown_hard)
     assert {"judge_weights", "prompt_faithfulness", "decoding"} <= kept.fingerprint.keys()
-    page = (FOLDER / "calibration.html").read_text()
+    page = (FOLDER / "faithfulness.html").read_text()
     assert "<script" not in page and "&lt;script&gt;alert(" in page
 
 
@@ -99,10 +99,10 @@ def test_ragas_own_pipeline_stands_beside_the_sentences_on_the_page(
 ) -> None:
     command = ("judge", "calibrate", labelled(), "--judge", "judge.gguf", "-q")
     assert ragate(*command).code == 0
-    assert "ragas&#39; pipeline" not in (FOLDER / "calibration.html").read_text()
+    assert "ragas&#39; pipeline" not in (FOLDER / "faithfulness.html").read_text()
     assert ragate(*command, "--statements", "judge").code == 0
     assert any("break down each sentence" in prompt.lower() for prompt in engines[1].prompts)
-    page = (FOLDER / "calibration.html").read_text()
+    page = (FOLDER / "faithfulness.html").read_text()
     assert "judge by sentences, hard verdicts" in page
     assert (FOLDER / "faithfulness-judge.json").exists()
 
@@ -114,7 +114,7 @@ def test_relevance_is_judged_context_by_context(
     assert ended.code == 0, ended.err
     found = Quality.model_validate_json((FOLDER / "relevance.json").read_text())
     assert (found.items, found.positive) == (24, 12)
-    assert load_calibration(FOLDER / "calibration.json").metric == "context_precision"
+    assert load_calibration(FOLDER / "relevance-map.json").metric == "context_precision"
 
 
 @pytest.mark.parametrize(
