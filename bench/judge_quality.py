@@ -282,6 +282,9 @@ def scored(name: str, answers: Rows, head: dict[str, Any], options: argparse.Nam
     if subject == "faithfulness":
         said = {key: value for key, value in said.items() if key[1] not in broken}
     rows, missing = rows_of(items, subject, said)
+    if not rows:
+        print(f"{head['judge']}: no verdict on {name}: {len(missing)} are missing", file=sys.stderr)
+        return None
     source = Source(head["judge"], subject, options.statements, file, 0, tuple(missing))
     return quality_of(rows, source)
 
