@@ -114,7 +114,7 @@ def judge_selftest(judge_: str | None, format_: str, quiet: bool, **flags: Any) 
 
     settings = settings_of(flags | {"judge": judge_})
     with prints_to_stderr(), Progress(console(stderr=True), quiet=quiet) as progress:
-        found, path = selftest(settings, progress.say, progress.on_event)
+        found, path = selftest(settings, progress.say)
     if format_ == "json":
         click.echo(found.model_dump_json(indent=1))
     else:

@@ -25,7 +25,6 @@ from ragate.run import Frozen
 
 if TYPE_CHECKING:
     from ragate.config import Settings
-    from ragate.evaluate import Event
     from ragate.judge import Judge
     from ragate.suite import Say
 
@@ -118,7 +117,7 @@ class SelfTest(Frozen):
         return not any(probe.moved or probe.largest_shift for probe in self.probes if probe.strict)
 
 
-def selftest(settings: Settings, say: Say, on_event: Callable[[Event], None]) -> tuple[SelfTest, Path]:
+def selftest(settings: Settings, say: Say) -> tuple[SelfTest, Path]:
     """Put the judge of the settings to the test; writes selftest.json and returns its path.
 
     Raises RagateError or EngineError with one sentence.
@@ -148,25 +147,29 @@ def selftest(settings: Settings, say: Say, on_event: Callable[[Event], None]) ->
         judge = start_judge(settings, named, say, stack)()
         name = judge.name
         first, again, backwards = (
-            asyncio.run(_round(judge, asks, items, on_event))
-            for asks in (_asks(items), _asks(items), _asks(items)[::-1])
+            asyncio.run(_round(judge, asks, items, partial(say, title)))
+            for title, asks in (
+                ("first round", _asks(items)),
+                ("the same again", _asks(items)),
+                ("last item first", _asks(items)[::-1]),
+            )
         )
         probes = [
             compared("the same again", first, again, strict=True),
             compared("last item first", first, backwards, strict=True),
         ]
         for title, rewrite in REWRITES.items():
-            heard = asyncio.run(_round(judge, _rewritten(items, rewrite), items, on_event))
+            heard = asyncio.run(_round(judge, _rewritten(items, rewrite), items, partial(say, title)))
             wanted = partial(_changed, rewrite)
             probes.append(compared(f"answer: {title}", first, heard, strict=False, wanted=wanted))
         turned = [item for item in items if len(item.contexts) > 1]
-        heard = asyncio.run(_round(judge, _position(turned), items, on_event))
+        heard = asyncio.run(_round(judge, _position(turned), items, partial(say, "contexts turned")))
         probes.append(compared("contexts: last one first", first, heard, strict=False))
     with ExitStack() as stack:
         alone = start_judge(settings.model_copy(update={"max_batch": 1}), named, say, stack)()
         if isinstance(alone, UrlJudge):
             alone.concurrency = 1
-        heard = asyncio.run(_round(alone, _asks(items), items, on_event))
+        heard = asyncio.run(_round(alone, _asks(items), items, partial(say, "one at a time")))
         probes.insert(2, compared("one at a time", first, heard, strict=True))
     result = SelfTest(
         judge=name, testset=testset.name, items=len(items), failed=len(first.failed), probes=tuple(probes)
@@ -204,14 +207,15 @@ def compared(
 
 
 async def _round(
-    judge: Judge, asks: Sequence[Ask], items: Sequence[Labelled], on_event: Callable[[Event], None]
+    judge: Judge, asks: Sequence[Ask], items: Sequence[Labelled], said: Callable[[int, int], None]
 ) -> Heard:
     """All asks put to a judge that remembers nothing."""
     from ragate.judging.ask import ask_all
 
     judge.forget()
     try:
-        return await ask_all(judge, asks, {item.id: item for item in items}, on_event)
+        by_id = {item.id: item for item in items}
+        return await ask_all(judge, asks, by_id, lambda e: said(e.calls_done, e.calls_total))
     finally:
         await judge.aclose()
 
