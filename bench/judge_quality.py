@@ -3,6 +3,8 @@
 Sets (from --data): `ragtruth` (RAGTruth QA dev, faithfulness of answers), `wice` (WiCE dev, relevance of up to 12
 sentences a claim), `begin` (BEGIN dev, attribution: a sanity set that word overlap nearly solves).
 
+On `ragtruth` the gate is tried too: each generator's answers as the baseline of each other's (bench/judge_pairs.py).
+
 Where everything is at hand:
     python bench/judge_quality.py smollm2-135m qwen-0.5b --device cpu --items 20 --out result.json
 A machine with a card has no ragas. So: prompts are made here, answered there, scored here:
@@ -30,7 +32,7 @@ from ragate.verdicts import LOGPROBS, verdict_probabilities
 from ragate_engine import Engine, EngineConfig, SamplingParams
 
 if TYPE_CHECKING:
-    from ragate.judging.asks import Ask
+    from ragate.judging.asks import Ask, Row
     from ragate.judging.labelled import Labelled, Subject
     from ragate.judging.quality import Quality
 
@@ -234,18 +236,32 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
 
 def report(answered: Sequence[tuple[str, Rows]], options: argparse.Namespace) -> None:
     """All figures of all judges on all sets: a table, and JSON where it is wanted."""
+    from bench.judge_pairs import LIMIT, lines_of, pairs_of, summary
     from bench.result import header, save
 
     lines = []
     result: dict[str, Any] = {"judges": {}}
     for name, rows in answered:
         head = rows[0] if rows and "describe" in rows[0] else {"judge": name}
-        found = {each: quality for each in options.sets if (quality := scored(each, rows, head, options))}
-        result["judges"][head["judge"]] = {
+        found = {each: got for each in options.sets if (got := scored(each, rows, head, options))}
+        entry: dict[str, Any] = {
             "answered": head,
-            "sets": {each: json.loads(q.model_dump_json(exclude={"misses"})) for each, q in found.items()},
+            "sets": {
+                each: json.loads(q.model_dump_json(exclude={"misses"})) for each, (q, _) in found.items()
+            },
         }
-        lines += [line for each, quality in found.items() for line in table(each, quality, head["judge"])]
+        lines += [
+            line for each, (quality, _) in found.items() for line in table(each, quality, head["judge"])
+        ]
+        if "ragtruth" in found:  # the set where several generators answered the same questions
+            pairs = pairs_of(found["ragtruth"][1])
+            entry["gate"] = {
+                "limit": LIMIT,
+                "verdicts": summary(pairs),
+                "pairs": list(map(dataclasses.asdict, pairs)),
+            }
+            lines += lines_of(pairs, head["judge"])
+        result["judges"][head["judge"]] = entry
     for line in dict.fromkeys(lines):  # the floors of a set are the same for all judges
         print(line)
     if options.out:
@@ -253,8 +269,10 @@ def report(answered: Sequence[tuple[str, Rows]], options: argparse.Namespace) ->
         save(result, options.out)
 
 
-def scored(name: str, answers: Rows, head: dict[str, Any], options: argparse.Namespace) -> Quality | None:
-    """The figures of one judge on one set; `None` where it was asked nothing of it."""
+def scored(
+    name: str, answers: Rows, head: dict[str, Any], options: argparse.Namespace
+) -> tuple[Quality, list[Row]] | None:
+    """(figures, rows) of one judge on one set; `None` where it was asked nothing of it."""
     from ragate.judging.asks import CALLS, Key, Said, rows_of, said_of
     from ragate.judging.quality import Source, quality_of
 
@@ -286,7 +304,7 @@ def scored(name: str, answers: Rows, head: dict[str, Any], options: argparse.Nam
         print(f"{head['judge']}: no verdict on {name}: {len(missing)} are missing", file=sys.stderr)
         return None
     source = Source(head["judge"], subject, options.statements, file, 0, tuple(missing))
-    return quality_of(rows, source)
+    return quality_of(rows, source), rows
 
 
 def table(name: str, quality: Quality, judge: str) -> list[str]:

@@ -18,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent / "ragate"))
 from fake_engine import FakeEngine
 
 from bench import judge_quality
+from bench.judge_pairs import pairs_of, summary
 from bench.judge_quality import engine_config, main, read_rows
+from ragate.judging.asks import Row
 from ragate_engine import EngineConfig
 
 
@@ -139,3 +141,32 @@ def test_an_adapter_reaches_the_engine_or_is_refused() -> None:
     else:
         with pytest.raises(SystemExit, match="takes no adapter"):
             engine_config(options)
+
+
+def test_the_gate_with_people_as_its_judge_is_known_for_each_pair_of_generators() -> None:
+    rows = [
+        Row(
+            id=f"{name}{i}",
+            label=label,
+            soft=0.5,
+            mean=0.5,
+            hard=hard,
+            overlap=1.0,
+            brevity=0.0,
+            generator=name,
+            cluster=str(i),
+            question="q",
+            answer="a",
+            said=(),
+        )
+        for i in range(40)
+        for name, label, hard in (("good", 1, 1.0), ("bad", int(i % 2 == 0), 1.0 - i % 4 / 8))
+    ]
+    fell, rose = pairs_of(rows)[::-1]
+    assert (fell.base, fell.head, fell.items) == ("good", "bad", 40)
+    assert (fell.seen["people"].drop, fell.seen["people"].verdict) == (0.5, "FAIL")
+    assert (fell.seen["hard"].drop, fell.seen["hard"].verdict) == (0.1875, "FAIL")
+    assert fell.seen["word overlap"].verdict == "PASS"
+    assert rose.seen["people"].verdict == rose.seen["hard"].verdict == "PASS"
+    assert summary([fell, rose])["soft"] == {"FAIL": {"PASS": 1}, "PASS": {"PASS": 1}}
+    assert pairs_of(rows[:12]) == []  # six questions say nothing

@@ -19,8 +19,9 @@ METHODS: tuple[Method, ...] = ("temperature", "isotonic")
 
 LEAST = 1e-6
 """Probabilities are kept this far from 0 and 1: they come with 6 decimals."""
-NUMERIC_FIELDS = ("judge_backend", "judge_dtype", "judge_engine")
-"""Fields of the fingerprint that move a probability by rounding alone: a map made on a card holds on a CPU."""
+LOOSE_FIELDS = ("judge_backend", "judge_dtype", "judge_engine", "ragas", "pydantic")
+"""Fields of the fingerprint that move a probability by rounding alone (a map made on a card holds on a CPU), or not at
+all while the prompt's hash stays."""
 
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
@@ -145,7 +146,7 @@ class Calibration(Frozen):
         return [
             name
             for name, value in self.fingerprint.items()
-            if name not in NUMERIC_FIELDS and fingerprint.get(name) != value
+            if name not in LOOSE_FIELDS and fingerprint.get(name) != value
         ]
 
 
