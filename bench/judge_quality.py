@@ -18,6 +18,7 @@ of that judge makes the second round's prompts.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gzip
 import hashlib
 import json
