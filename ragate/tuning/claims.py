@@ -302,4 +302,5 @@ def neighbour_of(case: Case, others: Sequence[Case], rng: random.Random) -> Case
     """Of some cases of other clusters drawn at random, the one that shares most words with the case."""
     own = set(content_words(case.question)) | set(content_words(case.passages[0]))
     drawn = [each for each in rng.sample(others, min(24, len(others))) if each.cluster != case.cluster]
+    drawn = drawn or [each for each in others if each.cluster != case.cluster]
     return max(drawn, key=lambda each: len(own & set(content_words(each.passages[0]))))

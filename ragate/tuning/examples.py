@@ -89,7 +89,8 @@ def load_examples(*paths: Path) -> list[Example]:
             with np.load(path) as file:
                 prompts = _split(file["prompts"], file["prompt_lengths"])
                 answers = _split(file["answers"], file["answer_lengths"])
-                weights = _split(file["weights"].round(6), file["answer_lengths"])
+                exact = file["weights"].astype(np.float64).round(6)  # 0.1, not its nearest float32
+                weights = _split(exact, file["answer_lengths"])
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as e:
             raise TestSetError(
                 f"{path}: no file of examples: {e}; make it with python -m ragate.tuning"

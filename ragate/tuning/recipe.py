@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ragate.errors import TestSetError
 from ragate.schemas import MOST_ITEMS, STATEMENT_CHARS
 from ragate.tuning import lessons
 from ragate.tuning.claims import Claim, Scene, neighbour_of, scene_of
@@ -54,6 +55,9 @@ def build(
     phrases = Phrases(_prose(cases))
     mine = [case for case in cases if is_held_out(case.cluster) == held_out]
     pools = {name: [case for case in mine if case.source.startswith(name)] for name in SOURCES}
+    for name, pool in pools.items():
+        if len({case.cluster for case in pool}) < 2:
+            raise TestSetError(f"{folder}: too few usable rows of {name}: a lesson needs two subjects")
     rng = random.Random(f"{seed} {held_out}")
     scenes = _scenes(pools, phrases, rng)
     keep = _thinning([next(scenes) for _ in range(PILOT)])
