@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     limits = roofline.ceilings(args.limits) if args.limits or args.device == "cuda" else None
     started = None
     if "startup" in args.points:  # first: a fresh process must find the card as it will, empty and unused
-        started = startup(args.model, args.device, args.folder, args.starts)
+        started = startup(args.model, args.device, args.weights, args.folder, args.starts)
     found = result.header(args.device) | {
         "model": args.model,
         "settings": {"max_batch": args.max_batch, "max_step_tokens": args.max_step_tokens, "max_len": MAX_LEN,
@@ -234,7 +234,7 @@ class Watch:
         return rows
 
 
-def startup(model: str, device: str, folder: Path | None, starts: int) -> dict[str, Any]:
+def startup(model: str, device: str, weights: str, folder: Path | None, starts: int) -> dict[str, Any]:
     """Fresh processes from their start to the first token, the weights in the page cache.
 
     The first finds no compiled kernels; each of the others those of the one before it.
@@ -253,7 +253,8 @@ def startup(model: str, device: str, folder: Path | None, starts: int) -> dict[s
             cache = Path(temporary) / "kernels"
             if i == 0:
                 shutil.rmtree(cache, ignore_errors=True)
-            found.append(_start(path, device, {**os.environ, "TRITON_CACHE_DIR": str(cache)}))
+            environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
+            found.append(_start(path, device, weights, environment))
     return {
         "weight_bytes": size,
         "page_cache_read_GBps": size / seconds / 1e9,
@@ -262,11 +263,11 @@ def startup(model: str, device: str, folder: Path | None, starts: int) -> dict[s
     }
 
 
-def _start(path: Path, device: str, environment: dict[str, str]) -> dict[str, float]:
+def _start(path: Path, device: str, weights: str, environment: dict[str, str]) -> dict[str, float]:
     """Seconds of each phase of one process; the clock is the system's, the same in parent and child."""
     began = time.monotonic()
     script = Path(__file__).with_name("first_token.py")
-    command = [sys.executable, str(script), str(path), device]
+    command = [sys.executable, str(script), str(path), device, weights]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, env=environment)
     if done.returncode != 0:
         raise SystemExit(f"{script.name} failed: {done.stderr.strip()[-2000:]}")

@@ -1,6 +1,6 @@
 """Start an engine and answer one token, with the clock read on the way; `bench/engine.py` runs it in fresh processes.
 
-usage: python bench/first_token.py MODEL_PATH DEVICE       (prints one line of JSON)
+usage: python bench/first_token.py MODEL_PATH DEVICE WEIGHTS       (prints one line of JSON)
 """
 
 import time
@@ -14,8 +14,8 @@ from ragate_engine import Engine, EngineConfig, SamplingParams  # noqa: E402
 
 
 def main() -> None:
-    path, device = sys.argv[1:]
-    settings = EngineConfig(device="cuda" if device == "cuda" else "cpu", max_len=4096)
+    path, device, weights = sys.argv[1:]
+    settings = EngineConfig(device=device, weights=weights, max_len=4096)  # type: ignore[arg-type]
     imported = time.monotonic()
     with Engine.load(path, settings) as engine:
         loaded = time.monotonic()

@@ -4,9 +4,11 @@ The reference is a model as it lies on disk, its weights unpacked; each format i
 or is a file that is already there. All are run by the engine's own kernels over the same windows of held-out text
 (pages of WiCE in --data, cut from one long row of tokens at even distances), then asked about the same items of
 RAGTruth. Those that look at activations are calibrated on what a judge is asked about --calibration, as
-`ragate models quantize` does: none of it is in --data.
+`ragate models quantize` does: none of it is in --data. Papers calibrate on text of the kind that they score, as
+`--calibration text` does: on windows of the same pages, none of which is scored.
 
-formats: rtn4-g128, gptq4-g128, awq4-g64 (method, bits, group), gptq4-g128-act (groups in the order of activations);
+formats: rtn4-g128, gptq4-g128, awq4-g64 (method, bits, group); gptq4-g128-sym (no zero points), gptq4-g128-act (groups
+         in the order of activations);
          a mix of GGUF (Q2_K, Q4_0, Q4_K_M, Q5_K_M, Q6_K, Q8_0); a .gguf file or a folder; `reference` itself.
          On a card each may be followed by how it is run: +packed (its codes are kept), +int8 (products of int8),
          +fp8_e4m3 (the KV cache).
@@ -53,7 +55,7 @@ TEXT = "wice_dev.jsonl"
 ROWS = 128
 """Positions that are compared at a time: of 152,000 float32 each."""
 
-_MADE = re.compile(r"(rtn|gptq|awq)(\d)-g(\d+)(-act)?")
+_MADE = re.compile(r"(rtn|gptq|awq)(\d)-g(\d+)(-sym)?(-act)?")
 _RUNS = {"packed": "weights", "int8": "weights", "fp8_e4m3": "kv_dtype", "fp8_e5m2": "kv_dtype"}
 """What may follow a format's name, and the field of `EngineConfig` that it is a value of."""
 
@@ -115,8 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens in a window")
     parser.add_argument("--items", type=int, default=100, help="questions to the judge; 0 asks none")
     parser.add_argument("--sequences", type=int, default=128, help="of 512 tokens, to calibrate on")
-    parser.add_argument("--calibration", type=Path, default=ROOT / "testsets" / "llm-serving")
+    parser.add_argument(
+        "--calibration", type=Path, default=ROOT / "testsets" / "llm-serving", help="a test set, or `text`"
+    )
     parser.add_argument("--data", type=Path, default=DATA, help=f"folder with {TEXT} and {LABELLED}")
+    parser.add_argument("--keep", type=Path, help="leave what is made in this folder, with windows.json")
     parser.add_argument("--out", type=Path, help="write the result here, as JSON")
     args = parser.parse_args(arguments)
     if args.windows < 2 or args.length < 2:
@@ -137,11 +142,17 @@ def _measured(
     reference = open_checkpoint(resolve_judge(args.reference, args.device).path)
     if reference.tokenizer is None:
         raise SystemExit(f"{reference.path} has no tokenizer: add its tokenizer.json")
-    windows = cut(reference.tokenizer, load_texts(args.data), args.windows, args.length)
+    pages = load_texts(args.data)
+    windows = cut(reference.tokenizer, pages, args.windows, args.length)
     items = load_items(args.data, args.items) if args.items else []
     calibration: list[list[int]] = []
     if any(each.base.startswith(("gptq", "awq")) for each in formats):
-        calibration = calibrated_on(reference.tokenizer, args.calibration, args.sequences)
+        if args.calibration == Path("text"):
+            seen = set(map(tuple, windows))
+            more = cut(reference.tokenizer, pages, args.windows + args.sequences, args.length)
+            calibration = [window for window in more if tuple(window) not in seen][: args.sequences]
+        else:
+            calibration = calibrated_on(reference.tokenizer, args.calibration, args.sequences)
 
     plain = EngineConfig(device=args.device)
     head, states = states_of(reference, windows, plain)
@@ -150,12 +161,16 @@ def _measured(
     base = list(compare(windows, head, kept, head, kept))
     rows = [row("reference", reference, base, base, said, said, items)]
     print(_line(rows[0]), flush=True)
-    with tempfile.TemporaryDirectory(prefix="ragate-quality-") as folder:
+    if args.keep is not None:
+        args.keep.mkdir(parents=True, exist_ok=True)
+        (args.keep / "windows.json").write_text(json.dumps(windows))
+    with tempfile.TemporaryDirectory(prefix="ragate-quality-") as temporary:
+        folder = args.keep or Path(temporary)
         made: dict[str, tuple[Path, float]] = {}
         for each, config in zip(formats, configs, strict=True):
             if each.base not in made:
                 start = time.perf_counter()
-                path = make(each, reference, Path(folder), calibration, args.device)
+                path = make(each, reference, folder, calibration, args.device)
                 made[each.base] = path, time.perf_counter() - start
             path, seconds = made[each.base]
             checkpoint = open_checkpoint(path)
@@ -244,8 +259,9 @@ def make(
     if (made := _MADE.fullmatch(wanted.base)) is None:
         return Path(wanted.base)
     path = folder / wanted.base
-    method, bits, group, act = made.groups()
-    quantize(reference, path, method, int(bits), int(group), calibration, device, desc_act=act is not None)
+    method, bits, group, symmetric, act = made.groups()
+    switches = {"symmetric": symmetric is not None, "desc_act": act is not None}
+    quantize(reference, path, method, int(bits), int(group), calibration, device, **switches)
     return path
 
 

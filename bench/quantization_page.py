@@ -68,10 +68,12 @@ def main(results: Path = RESULTS, page: Path = PAGE) -> None:
 
 
 def _alike(found: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Results whose rows stand in one table: of one model, on one kind of device, over the same text and items."""
+    """Results whose rows stand in one table: of one model, on one kind of device, over the same text and items, and
+    calibrated alike."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for each in found:
         key = json.dumps([each[field] for field in ("model", "device", "reference", "text", "judge")])
+        key += _seen(each) if each["calibration"]["sequences"] else ""
         groups.setdefault(key, []).append(each)
     return list(groups.values())
 
@@ -106,7 +108,7 @@ def _model(results: list[dict[str, Any]]) -> list[str]:
     named = {row["name"]: row for each in results for row in each["formats"]}  # the reference is in each
     rows = list(named.values())
     out = [
-        f"## {first['model']}, on {device}",
+        f"## {Path(first['model']).name}, on {device}",
         "",
         *_paragraph(
             f"{first['hardware']}. {text['windows']} windows of {text['length']} tokens of {text['file']} "
@@ -125,12 +127,19 @@ def _model(results: list[dict[str, Any]]) -> list[str]:
 
 def _calibrated(results: list[dict[str, Any]]) -> str:
     found = {
-        f"Calibrated on {each['calibration']['tokens']:,} tokens of prompts for the test set "
-        f"{each['calibration']['testset']}."
+        f"Calibrated on {each['calibration']['tokens']:,} tokens of {_seen(each)}."
         for each in results
         if each["calibration"]["sequences"]
     }
     return " ".join(sorted(found))
+
+
+def _seen(found: dict[str, Any]) -> str:
+    """What was calibrated on, in words."""
+    testset = found["calibration"]["testset"]
+    return (
+        "the same pages, none of them scored" if testset == "text" else f"prompts for the test set {testset}"
+    )
 
 
 def _truth(quantization: str, rows: list[dict[str, Any]]) -> str:

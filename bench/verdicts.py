@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from ragas.metrics.collections.faithfulness.util import (  # isort: skip
     NLIStatementPrompt,
 )
 
+KV_BYTES = 2 << 30
+"""For the cache of a judge: others may be at work on the same device."""
 LABELLED = "ragtruth_qa_dev.jsonl"
 """RAGTruth's questions, answers of six generators, and what people said of them."""
 
@@ -70,6 +72,7 @@ def verdicts_of(
     """The model's verdict on each item; `None` where it gave none (a prompt too long, an answer cut short)."""
     if not items:
         return []
+    config = replace(config or EngineConfig(), kv_bytes=KV_BYTES)
     with Engine(checkpoint, config) as engine:
         found = asyncio.run(_ask_all(EngineJudge(engine, str(checkpoint.path)), items))
     del engine

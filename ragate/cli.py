@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ragate import __version__
+from ragate.cli_judge import judge
 from ragate.errors import EXIT_INTERRUPTED, EXIT_INVALID, EXIT_USAGE, CatalogError, RagateError
 from ragate.report.untrusted import plain
 
@@ -80,6 +81,11 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--target", help="What answers: stored, module:callable, http://… or cmd:…"),
         click.option("--baseline", help="Baseline file [baselines/SUITE.json]."),
+        click.option(
+            "--scores",
+            type=click.Choice(["hard", "soft"]),
+            help="Of verdicts or of their probabilities [hard].",
+        ),
         click.option(
             "--reserve",
             type=click.Choice(["auto", "always", "never"]),
@@ -641,7 +647,7 @@ def refuse_unused(method: str) -> None:
 )
 @click.option("--bits", type=int, default=4, help="Bits of a weight [4].")
 @click.option("--group", type=int, default=128, help="Weights that share a scale; -1 is a whole row [128].")
-@click.option("--symmetric", is_flag=True, help="No zero points, as some fast kernels want it (rtn, gptq).")
+@click.option("--symmetric", is_flag=True, help="No zero points (rtn, gptq): vLLM reads no others of these.")
 @click.option("--desc-act", is_flag=True, help="gptq: groups of columns in the order of their activations.")
 @click.option("--testset", help="Calibrate on the prompts for this test set [that of ragate.toml].")
 @click.option("--text", type=click.Path(path_type=Path), help="Calibrate on a text file instead.")
@@ -687,6 +693,9 @@ def models_advise(model: str, device: str, context: int | None, format_: str) ->
     else:
         print_advice(console(), advice)
     return 0
+
+
+cli.add_command(judge)
 
 
 @cli.command()

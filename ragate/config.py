@@ -127,6 +127,11 @@ class Settings(BaseModel):
     """Baseline file of the last release: the run is held against it too, so that small losses do not add up."""
     judge_accuracy: float | None = Field(None, gt=0.5, le=1, allow_inf_nan=False)
     """The judge's balanced accuracy on human-labelled data, where known: a weak judge shows only part of a drop."""
+    scores: Literal["hard", "soft"] = "hard"
+    """What a score is made of: the judge's verdicts, as ragas does it, or their probabilities (`soft`)."""
+    calibration: str | None = None
+    """The map that `ragate judge calibrate` wrote for this judge: soft scores of its metric go through it, and reports
+    say which true drop a run can detect."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the judge runs; `auto` takes a card where there is one."""
     limit: int | None = Field(None, ge=1)
@@ -156,7 +161,7 @@ class Settings(BaseModel):
 KEYS = tuple(name for name in Settings.model_fields if name not in ("root", "origins"))
 """The names that can be set."""
 
-_PATHS = ("testset", "baseline", "release", "out", "judge")
+_PATHS = ("testset", "baseline", "release", "out", "judge", "calibration")
 
 
 def load_settings(flags: Mapping[str, Any], cwd: Path) -> Settings:

@@ -18,6 +18,7 @@ from ragate.errors import ConfigError, RagateError
 from ragate.journal import AnswerEntry, DoneEntry, answer_key
 from ragate.metrics import INPUT_MARK, RECORD, Metric, Record, metrics_named, value_of
 from ragate.run import Call, Claim, Frozen, ItemRecord, Run, Score, State, Tokens
+from ragate.soft import FIELD, SoftScores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -134,6 +135,7 @@ def evaluate(
     on_event: Callable[[Event], None] = ignore,
     call_timeout: float = CALL_TIMEOUT,
     ends: bool = True,
+    soft: SoftScores | None = None,
 ) -> tuple[Run, Timings]:
     """Score the items of `testset` by each metric and return the run and its timings.
 
@@ -160,6 +162,7 @@ def evaluate(
             on_event=on_event,
             call_timeout=call_timeout,
             ends=ends,
+            soft=soft,
         )
     )
 
@@ -176,15 +179,20 @@ async def aevaluate(
     on_event: Callable[[Event], None] = ignore,
     call_timeout: float = CALL_TIMEOUT,
     ends: bool = True,
+    soft: SoftScores | None = None,
 ) -> tuple[Run, Timings]:
     """As `evaluate`, inside a running event loop (a notebook)."""
     rows = metrics_named(metrics)
     if embeddings is None and any(metric.embeds for metric in rows):
         raise ConfigError("metric answer_relevance needs an embedding model")
-    evaluation = _Evaluation(testset.items, rows, judge, journal, embeddings, target, on_event, call_timeout)
+    evaluation = _Evaluation(
+        testset.items, rows, judge, journal, embeddings, target, on_event, call_timeout, soft
+    )
     usage = judge.usage()
     try:
-        fields = await fingerprint(judge, rows, embeddings)
+        fields = await fingerprint(judge, rows, embeddings, soft)
+        if soft is not None:
+            soft.check(fields)
         evaluation.seconds["prepare"] = time.perf_counter() - evaluation.started
         items, scores, records = await evaluation.run()
         if ends:
@@ -219,13 +227,17 @@ async def aevaluate(
     return run, _timings(evaluation, calls, usage)
 
 
-async def fingerprint(judge: Judge, metrics: Iterable[Metric], embeddings: MiniLM | None) -> dict[str, str]:
+async def fingerprint(
+    judge: Judge, metrics: Iterable[Metric], embeddings: MiniLM | None, soft: SoftScores | None = None
+) -> dict[str, str]:
     """What makes the scores, field by field: judge, prompts, decoding, metric versions, embedding model."""
     from ragate.judge import probe_hash
     from ragate.schemas import DECODING
 
     fields = {f"judge_{name}": value for name, value in judge.describe().items()}
     fields["decoding"] = DECODING
+    if soft is not None:  # hard scores have no field: their fingerprints stay what they were
+        fields[FIELD] = soft.identity
     fields["ragas"] = f"{version('ragas')} collections"
     fields["pydantic"] = version("pydantic")
     for metric in metrics:
@@ -248,10 +260,12 @@ class _Evaluation:
         target: Target | None,
         on_event: Callable[[Event], None],
         call_timeout: float,
+        soft: SoftScores | None,
     ) -> None:
         self.items, self.metrics = items, metrics
         self.judge, self.journal, self.embeddings, self.target = judge, journal, embeddings, target
         self.on_event, self.call_timeout = on_event, call_timeout
+        self.soft = soft
         self.scorers = {metric.name: metric.scorer(judge, embeddings) for metric in metrics}
         self.calls_before = judge.calls_done
         self.computed_before = set(judge.call_ms)
@@ -404,7 +418,10 @@ class _Evaluation:
             value = value_of(result.value)
             if value is None:
                 return "nan", None, "ragas could not compute a score", ()
-            return "ok", value, None, metric.claims(record, item, self._vector)
+            claims = metric.claims(record, item, self._vector)
+            if self.soft is not None:
+                value = value_of(self.soft.value(metric.name, claims))
+            return "ok", value, None, claims
         except RagateError:
             raise
         except TimeoutError as e:

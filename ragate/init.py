@@ -73,6 +73,10 @@ threshold_mode = "relative"
 # release = "baselines/RELEASE.json"
 # The judge's balanced accuracy on labelled data, where you know it: how large a true drop can be seen.
 # judge_accuracy = 0.8
+# Or the map that `ragate judge calibrate` wrote for this judge, which says it; soft scores go through it as well.
+# calibration = ".ragate/judge/JUDGE/LABELLED/faithfulness-map.json"
+# "hard" is a score of verdicts, as ragas makes it; "soft" is one of their probabilities.
+# scores = "soft"
 
 # The scores to compare with, made by `ragate baseline set`.
 # baseline = "baselines/SUITE.json"

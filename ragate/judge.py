@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import math
-import re
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +19,8 @@ from ragate.errors import ConfigError, RunError
 from ragate.journal import CallEntry
 from ragate.metrics import RECORD, JudgedCall, Metric, keep_quiet
 from ragate.run import ItemRecord
-from ragate.schemas import VERDICT_NAMES, AnswerSchema, answer_schema, breach, parse, portable, sample
+from ragate.schemas import AnswerSchema, answer_schema, breach, parse, portable, sample
+from ragate.verdicts import LOGPROBS, verdict_probabilities
 from ragate_engine import DeviceError, EngineClosedError, SamplingParams, TokenInfo
 
 keep_quiet()
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
 
 Output = TypeVar("Output", bound=BaseModel)
 
-LOGPROBS = 8
-
 
 class JudgeError(Exception):
     """One call failed: the score it belongs to becomes `error`, the run goes on."""
@@ -48,35 +45,6 @@ class JudgeError(Exception):
 
 class TruncatedError(JudgeError):
     """The judge reached its token limit before its answer was complete: the score becomes `truncated`."""
-
-
-# Verdict probabilities
-
-_KEY_OR_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"(?:\s*:\s*(\d))?')
-
-
-def verdict_probabilities(text: str, tokens: Sequence[TokenInfo]) -> tuple[float | None, ...]:
-    """P(verdict = 1) = P(1) / (P(0) + P(1)) for each verdict in a JSON answer, in order, to 6 decimals.
-
-    Read at the token that holds the digit, from its likeliest allowed tokens, each counted by its first
-    digit. `None` where no probabilities were recorded.
-    """
-    found: list[float | None] = []
-    position = 0
-    for match in _KEY_OR_STRING.finditer(text):
-        if match[1] not in VERDICT_NAMES or match[2] is None:
-            continue
-        at = match.start(2)
-        while position + 1 < len(tokens) and tokens[position + 1].start <= at:
-            position += 1
-        mass = {"0": 0.0, "1": 0.0}
-        for token, logprob in tokens[position].top if tokens else ():
-            digit = next((c for c in token if c.isdigit()), "")
-            if digit in mass:
-                mass[digit] += math.exp(logprob)
-        total = sum(mass.values())
-        found.append(round(mass["1"] / total, 6) if total > 0 else None)
-    return tuple(found)
 
 
 # Judges
@@ -120,6 +88,10 @@ class Judge(InstructorBaseRagasLLM):  # type: ignore[misc]
 
     async def aclose(self) -> None:
         """Let go of what belongs to the running event loop."""
+
+    def forget(self) -> None:
+        """Forget every answer: the next asking computes it anew, unless a journal has it."""
+        self._known.clear()
 
     async def _ask(self, key: str, prompt: str, schema: AnswerSchema) -> CallEntry:
         raise NotImplementedError  # abstract

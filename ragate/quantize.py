@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import TYPE_CHECKING
 
 from ragate.errors import ConfigError
@@ -106,21 +107,32 @@ def calibration_of(tokenizer: Tokenizer, settings: Settings, text: Path | None) 
 def pieces(documents: Sequence[Sequence[int]], bos: int | None = None) -> list[list[int]]:
     """The documents cut into sequences; of the distinct ones as many as are wanted, evenly spaced.
 
-    Prompts of a metric begin alike for some thousand tokens, which then count once. A document's last sequence is cut
-    from its end, so that it is no crumb. Each begins with `bos`, where the model never sees a text without it.
+    Prompts of a metric begin alike for some thousand tokens: those count once, and from each comes what is its own. A
+    document's last sequence is cut from its end, so that it is no crumb. Each begins with `bos`, where the model never
+    sees a text without it.
     """
     head = () if bos is None else (bos,)
-    bare = (document[1:] if [*document[:1]] == [*head] else document for document in documents)
+    bare = [document[1:] if [*document[:1]] == [*head] else document for document in documents]
     size = TOKENS - len(head)
     cut = (
         (*head, *document[at : at + size])
-        for document in bare
+        for document, own in zip(bare, _own(bare), strict=True)
         if document
-        for at in (*range(0, len(document) - size, size), max(0, len(document) - size))
+        for at in (*range(own, len(document) - size, size), max(0, len(document) - size))
     )
     distinct = [list(piece) for piece in dict.fromkeys(cut)]
     wanted = min(SEQUENCES, len(distinct))
     return [distinct[i * len(distinct) // wanted] for i in range(wanted)]
+
+
+def _own(documents: Sequence[Sequence[int]]) -> list[int]:
+    """Where each document ceases to be like the one before it in the order of their tokens."""
+    own = [0] * len(documents)
+    order = sorted(range(len(documents)), key=lambda i: [*documents[i]])
+    for before, i in itertools.pairwise(order):
+        pairs = zip(documents[before], documents[i], strict=False)
+        own[i] = next((at for at, (a, b) in enumerate(pairs) if a != b), len(documents[before]))
+    return own
 
 
 def prompts_for(settings: Settings) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ragate.errors import ConfigError
 from ragate.metrics import INPUT_MARK, keep_quiet
+from ragate.verdicts import VERDICT_NAMES
 
 keep_quiet()
 
@@ -25,8 +26,6 @@ REASON_CHARS = 160
 LEAST_CHARS = 3
 MOST_ITEMS = 8
 """Entries of a list and characters of a string in an answer: so it always ends, and fits its token limit."""
-
-VERDICT_NAMES = frozenset({"verdict", "attributed", "noncommittal"})
 
 DECODING = (
     f"greedy, JSON schema, lists of 1 to {MOST_ITEMS}, statements of {LEAST_CHARS} to {STATEMENT_CHARS} "

@@ -26,12 +26,15 @@ from ragate.gate.baseline import (
 )
 from ragate.gate.verdict import EVALUATE_RESERVE, MAX_UNSCORED, GateResult, decide
 from ragate.run import Run, joined, load_run, run_digest, save_run
+from ragate.soft import FIELD
 
 if TYPE_CHECKING:
     from ragate.config import Settings
     from ragate.evaluate import Event, Timings
     from ragate.journal import Journal
     from ragate.judge import Judge, UrlJudge
+    from ragate.judging.mapping import Calibration
+    from ragate.soft import SoftScores
     from ragate.testset import TestSet
 
 Say = Callable[[str, int, int], None]
@@ -117,10 +120,11 @@ def run_suite(
     if update and not force and baseline is not None:
         refuse_fewer_metrics(baseline, settings.metrics, path)
     release = load_release(settings)
+    load_soft(settings)  # a broken map, too, is to be found out before the judging
     if testset.reserve and (settings.reserve == "always" or (update and settings.reserve == "auto")):
         testset = testset.with_reserve()
     # before the run folder: a mistyped judge leaves nothing behind
-    judge = _named_judge(settings, say)
+    judge = named_judge(settings, say)
 
     with ExitStack() as stack:
         journal = stack.enter_context(Journal.open(folder / "journal.jsonl"))
@@ -135,7 +139,7 @@ def run_suite(
     return Outcome(run, gate, baseline, path, costs, written)
 
 
-def _named_judge(settings: Settings, say: Say) -> UrlJudge | catalog.JudgeChoice:
+def named_judge(settings: Settings, say: Say) -> UrlJudge | catalog.JudgeChoice:
     """The judge that the settings name: an endpoint that is there, or a model, fetched but not yet loaded."""
     if is_url(settings.judge):
         from ragate.judge import UrlJudge
@@ -176,20 +180,10 @@ def _judged_until_decided(
     return run, timings, verdict_of(settings, baseline, run, release)
 
 
-def _judging(
-    settings: Settings,
-    names: tuple[str, ...],
-    spec: str,
-    named: UrlJudge | catalog.JudgeChoice,
-    journal: Journal,
-    say: Say,
-    on_event: Callable[[Event], None],
-    stack: ExitStack,
-) -> Callable[[TestSet], tuple[Run, Timings]]:
-    """Open judge, target and embeddings for these metrics; what comes back judges a test set with them.
-
-    Heavy imports happen here. Whoever has judged all appends a `DoneEntry` to the journal.
-    """
+def start_judge(
+    settings: Settings, named: UrlJudge | catalog.JudgeChoice, say: Say, stack: ExitStack
+) -> Callable[[], Judge]:
+    """Begin to load the judge, closed again by `stack`; what comes back waits for it. Heavy imports happen here."""
     from concurrent.futures import ThreadPoolExecutor
 
     from ragate import session
@@ -207,13 +201,40 @@ def _judging(
         )
     )
     stack.callback(session.close_engines)
-    loading = None
-    if isinstance(named, catalog.JudgeChoice):
-        # the model loads while ragas and the embeddings are imported: each takes seconds
-        loader = stack.enter_context(ThreadPoolExecutor(1, "ragate-load"))
-        loading = loader.submit(
-            session.open_engine, named.path, lambda done, total: say("loading the judge", done, total)
-        )
+    if not isinstance(named, catalog.JudgeChoice):
+        endpoint = named
+        return lambda: endpoint
+    path, name = named.path, named.name or str(named.path)
+    # the model loads while ragas and the embeddings are imported: each takes seconds
+    loader = stack.enter_context(ThreadPoolExecutor(1, "ragate-load"))
+    loading = loader.submit(
+        session.open_engine, path, lambda done, total: say("loading the judge", done, total)
+    )
+
+    def opened() -> Judge:
+        from ragate.judge import EngineJudge
+
+        return EngineJudge(loading.result(), name)
+
+    return opened
+
+
+def _judging(
+    settings: Settings,
+    names: tuple[str, ...],
+    spec: str,
+    named: UrlJudge | catalog.JudgeChoice,
+    journal: Journal,
+    say: Say,
+    on_event: Callable[[Event], None],
+    stack: ExitStack,
+) -> Callable[[TestSet], tuple[Run, Timings]]:
+    """Open judge, target and embeddings for these metrics; what comes back judges a test set with them.
+
+    Heavy imports happen here. Whoever has judged all appends a `DoneEntry` to the journal.
+    """
+    soft = load_soft(settings)
+    opened = start_judge(settings, named, say, stack)
 
     from ragate.evaluate import evaluate
     from ragate.metrics import metrics_named
@@ -233,15 +254,8 @@ def _judging(
         )
         embeddings = MiniLM()
         stack.callback(embeddings.close)
-    note = None
-    if isinstance(named, catalog.JudgeChoice):
-        from ragate.judge import EngineJudge
-
-        assert loading is not None
-        judge: Judge = EngineJudge(loading.result(), named.name or str(named.path))
-        note = named.note
-    else:
-        judge = named
+    judge = opened()
+    note = named.note if isinstance(named, catalog.JudgeChoice) else None
     return lambda testset: evaluate(
         testset,
         names,
@@ -253,6 +267,7 @@ def _judging(
         on_event=on_event,
         call_timeout=settings.call_timeout,
         ends=False,
+        soft=soft,
     )
 
 
@@ -280,13 +295,46 @@ def rescore(
         hash=stored.testset_hash,
         reserve_hash=stored.reserve_hash,
     )
-    judge = _named_judge(settings, say)
+    judge = named_judge(settings, say)
     with ExitStack() as stack:
         journal = stack.enter_context(Journal.open(folder / "journal.jsonl"))
         judged = _judging(settings, metrics, "stored", judge, journal, say, on_event, stack)
         run, _ = judged(testset)
         journal.append(DoneEntry())
     return run.model_copy(update={"target": stored.target})
+
+
+def load_soft(settings: Settings) -> SoftScores | None:
+    """How probabilities become scores, or `None` where verdicts do. Raises ConfigError for a broken calibration."""
+    if settings.scores == "hard":
+        return None
+    from ragate.soft import SoftScores
+
+    return SoftScores(load_known(settings))
+
+
+def load_known(settings: Settings) -> Calibration | None:
+    """What is known of the judge, where the settings name it. Raises ConfigError."""
+    if settings.calibration is None:
+        return None
+    from ragate.judging.mapping import load_calibration
+
+    return load_calibration(Path(settings.calibration))
+
+
+def known_accuracy(settings: Settings, run: Run) -> dict[str, float]:
+    """Metric -> balanced accuracy of the judge on labels, where it is known.
+
+    `judge_accuracy` holds for all metrics; a calibration of this judge for its own: scores that show the share s of a
+    true drop are those of a judge with the balanced accuracy (1 + s) / 2.
+    """
+    accuracy = settings.judge_accuracy
+    known = {} if accuracy is None else dict.fromkeys(run.metrics, accuracy)
+    calibration = load_known(settings)
+    if calibration is None or calibration.differences(run.fingerprint):
+        return known
+    shown = calibration.shown_hard if FIELD not in run.fingerprint else calibration.shown_soft
+    return known | {calibration.metric: (1 + shown) / 2} if shown > 0 else known
 
 
 def load_release(settings: Settings) -> Baseline | None:
@@ -317,7 +365,7 @@ def verdict_of(
         rules=settings.gate,
         release=release,
         release_path=_shown(settings.release),
-        judge_accuracy=settings.judge_accuracy,
+        judge_accuracy=known_accuracy(settings, run),
     )
     return gate.model_copy(update={"run_digest": run_digest(run)})
 

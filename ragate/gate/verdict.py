@@ -10,6 +10,7 @@ import math
 import re
 import shlex
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import Field
@@ -30,7 +31,7 @@ from ragate.gate.stats import (
 from ragate.run import Frozen
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
+    from collections.abc import Hashable, Sequence
 
     from ragate.gate.baseline import Baseline
     from ragate.run import Run
@@ -188,7 +189,7 @@ def decide(
     rules: Mapping[str, Rule] | None = None,
     release: Baseline | None = None,
     release_path: str = "RELEASE",
-    judge_accuracy: float | None = None,
+    judge_accuracy: float | Mapping[str, float] | None = None,
 ) -> GateResult:
     """Hold `run` against `base`, and against the pinned `release` too where there is one.
 
@@ -197,7 +198,7 @@ def decide(
     by default it is over all metrics of both sides and all that have a floor, and one that a side lacks is INVALID.
     `release_path` is what the commands named for the release call it.
     An INCONCLUSIVE run fails, warns, or (`auto`) fails where a mean fell by its limit or more.
-    `judge_accuracy` is the judge's balanced accuracy on labelled data, where it is known.
+    `judge_accuracy` is the judge's balanced accuracy on labelled data, where it is known: of all metrics, or by metric.
     Raises ConfigError when a setting makes no sense; whatever is wrong with the data is an INVALID verdict.
     """
     if not 0 <= threshold <= 1:  # also refuses NaN
@@ -208,14 +209,15 @@ def decide(
         raise ConfigError(f"strategy must be significant or point, got {strategy!r}")
     if on_inconclusive not in ("auto", "fail", "warn"):
         raise ConfigError(f"on_inconclusive must be auto, fail or warn, got {on_inconclusive!r}")
-    if judge_accuracy is not None and not 0.5 < judge_accuracy <= 1:
-        raise ConfigError(
-            f"judge_accuracy must be above 0.5 (guessing) and at most 1, got {judge_accuracy:g}"
-        )
+    floors = [metric for metric, rule in (rules or {}).items() if rule.min is not None]
+    wanted = tuple(dict.fromkeys((*run.metrics, *base.metrics, *floors) if metrics is None else metrics))
+    if not isinstance(judge_accuracy, Mapping):
+        judge_accuracy = {} if judge_accuracy is None else dict.fromkeys(wanted, judge_accuracy)
+    for accuracy in judge_accuracy.values():
+        if not 0.5 < accuracy <= 1:
+            raise ConfigError(f"judge_accuracy must be above 0.5 (guessing) and at most 1, got {accuracy:g}")
     terms = _Terms(threshold, mode, strategy, on_inconclusive, rules or {}, judge_accuracy)
-    floors = [metric for metric, rule in terms.rules.items() if rule.min is not None]
-    wanted = (*run.metrics, *base.metrics, *floors) if metrics is None else metrics
-    result = _compare(base, run, tuple(dict.fromkeys(wanted)), terms)
+    result = _compare(base, run, wanted, terms)
     if release is None:
         return result
     watched = [metric for metric in release.metrics if metrics is None or metric in metrics]
@@ -239,7 +241,7 @@ class _Terms(NamedTuple):
     strategy: Strategy
     on_inconclusive: OnInconclusive
     rules: Mapping[str, Rule]
-    judge_accuracy: float | None
+    judge_accuracy: Mapping[str, float]
 
     def of(self, metric: str) -> tuple[float, Mode, float | None]:
         """(threshold, mode, floor) of a metric; what it does not have of its own is the common one."""
@@ -577,8 +579,8 @@ def _measured(base: Baseline, run: Run, metric: str, terms: _Terms) -> MetricVer
         mcnemar_p=mcnemar_p(broken, mended),
         detectable=detectable_drop(estimate.error),
         detectable_true=None
-        if terms.judge_accuracy is None
-        else detectable_drop(estimate.error, terms.judge_accuracy),
+        if metric not in terms.judge_accuracy
+        else detectable_drop(estimate.error, terms.judge_accuracy[metric]),
         items_needed=items_needed(estimate.error, n, limit) if limit > 0 else None,
         floor=floor,
         warnings=tuple(warnings),

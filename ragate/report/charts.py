@@ -1,4 +1,4 @@
-"""The numbers behind the report's drawings: distributions of scores, and drops with their bounds and limits."""
+"""The numbers behind the reports' drawings: distributions of scores, drops with their bounds and limits, curves."""
 
 from __future__ import annotations
 
@@ -90,3 +90,16 @@ def intervals(verdicts: Sequence[MetricVerdict]) -> dict[str, Interval]:
         metric: Interval(share(0.0), share(limit), share(drop), share(lower), share(upper))
         for metric, limit, drop, lower, upper in drawn
     }
+
+
+def path_of(points: Iterable[tuple[float, float]], width: float, height: float) -> str:
+    """An SVG path through points of the unit square, whose y grows upwards."""
+    steps = " ".join(f"{x * width:.1f} {(1 - y) * height:.1f}" for x, y in points)
+    return f"M{steps}" if steps else ""
+
+
+def heights(*counts: Sequence[int]) -> list[tuple[float, ...]]:
+    """Bars of several histograms over the same bins, each histogram as shares of its own sum, the tallest bar 1."""
+    shares = [[n / max(sum(each), 1) for n in each] for each in counts]
+    tallest = max((share for each in shares for share in each), default=0.0) or 1.0
+    return [tuple(share / tallest for share in bars) for bars in zip(*shares, strict=True)]

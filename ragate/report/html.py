@@ -68,7 +68,7 @@ def render_html(
     classes = {row.item.id: classes_of(row, scores) for row in rows}
     usage = _usage(run, timings)
     call_ms = _part_of(timings, "call_ms")
-    style, script = _part("report.css"), _part("report.js")
+    style, script = page_part("report.css"), page_part("report.js")
     context = {
         "run": run,
         "gate": gate,
@@ -93,10 +93,10 @@ def render_html(
         "version": __version__,
         "style": style,
         "script": script,
-        "style_hash": _csp_hash(style),
-        "script_hash": _csp_hash(script),
+        "style_hash": csp_hash(style),
+        "script_hash": csp_hash(script),
     }
-    template = _environment().get_template("report.html.j2")
+    template = environment().get_template("report.html.j2")
     for longest in LONGEST_TEXTS:
         page = template.render(
             context,
@@ -114,14 +114,15 @@ def _scores(run: Run) -> dict[tuple[str, str], Score]:
 
 
 @lru_cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The templates of the pages: all that they print is cleaned and escaped."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     def flat(name: str) -> str:
         """The template without its indentation, which would be a tenth of the page."""
         return re.sub(r"(?m)^[ ]+", "", files("ragate.report").joinpath("templates", name).read_text("utf-8"))
 
-    environment = Environment(
+    made = Environment(
         loader=FunctionLoader(flat),
         autoescape=True,
         undefined=StrictUndefined,
@@ -130,25 +131,25 @@ def _environment() -> Environment:
         # every text that a template prints is cleaned of control characters, then escaped
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    environment.filters["points"] = points
-    environment.filters["bounds"] = _bounds
-    environment.filters["signed"] = _signed
-    environment.filters["chance"] = chance
-    environment.filters["in_pre"] = _in_pre
-    environment.filters["commands"] = _commands
-    environment.filters["shorten"] = shorten
-    return environment
+    made.filters["points"] = points
+    made.filters["bounds"] = _bounds
+    made.filters["signed"] = _signed
+    made.filters["chance"] = chance
+    made.filters["in_pre"] = _in_pre
+    made.filters["commands"] = _commands
+    made.filters["shorten"] = shorten
+    return made
 
 
 @lru_cache
-def _part(name: str) -> Markup:
+def page_part(name: str) -> Markup:
     """A style or script of ours, marked as safe to print into the page."""
     from markupsafe import Markup
 
     return Markup(files("ragate.report").joinpath("templates", name).read_text(encoding="utf-8"))
 
 
-def _csp_hash(text: str) -> str:
+def csp_hash(text: str) -> str:
     """The `sha256-…` source that allows exactly this inline script or style."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 

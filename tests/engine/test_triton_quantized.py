@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from quantized_cases import KINDS, Kind, random_weight
+
+from bench.random_model import TINY
 
 pytest.importorskip("triton")
 from ragate_engine.kernels import triton as ops
@@ -37,6 +40,7 @@ from ragate_engine.kernels.triton.quantized import (
 )
 from ragate_engine.layers import Gated, Keep, Linear
 from ragate_engine.quant.tensor import Form, QuantTensor
+from ragate_engine.weights import names
 
 kernels = importlib.import_module("ragate_engine.kernels.triton.quantized")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu checks the compiled kernels")
@@ -179,7 +183,7 @@ def test_what_is_compiled_ahead_is_what_is_packed(kind: Kind, shape: tuple[int, 
         assert (packed.high is None) == (real.high is None)
         if packed.high is not None and real.high is not None:
             assert packed.high.shape == real.high.shape
-        assert (packed.scales.shape[3], packed.scales.dtype) == (real.scales.shape[3], real.scales.dtype)
+        assert (packed.scales.shape, packed.scales.dtype) == (real.scales.shape, real.scales.dtype)
         assert (packed.bits, packed.group, packed.columns) == (real.bits, real.group, real.columns)
         assert (packed.segments, packed.gated, packed.done is None) == (
             real.segments,
@@ -188,6 +192,25 @@ def test_what_is_compiled_ahead_is_what_is_packed(kind: Kind, shape: tuple[int, 
         )
         # 2 to 8 bits in large groups come with zeros, small ones with offsets: GGUF has them
         assert packed.kind == real.kind or kind.group < 64
+
+
+@interpreted
+def test_unpacking_is_compiled_ahead_on_weights_that_are_there() -> None:
+    from ragate_engine.kernels.triton.ahead import _quantized_jobs
+
+    config = replace(TINY, hidden_size=128, intermediate_size=256)
+    forms = {name: Form(1, 4, 64, True) for name in names.expected(config)}
+
+    def fake(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.empty(1, dtype=dtype).expand(shape)
+
+    jobs = _quantized_jobs(fake, torch.zeros(1, dtype=torch.int32), config, (16, 4096), forms, False)
+    made = [job for _, _, job in jobs if isinstance(job, partial) and job.func is unpacked]
+    assert len(made) == 2  # of a gated pair and of the others: other code
+    for job in made:
+        weights = job()
+        assert weights.shape[0] == 16 and not weights.any()
+    assert all(bucket == 16 for _, bucket, job in jobs if isinstance(job, partial) and job.func is quantized)
 
 
 def test_narrow_and_long_weights_are_cut_and_no_others() -> None:

@@ -29,9 +29,10 @@ from ragas.metrics.collections.faithfulness.util import (
 
 from ragate.errors import ConfigError, RunError
 from ragate.journal import CallEntry, Journal
-from ragate.judge import EngineJudge, JudgeError, TruncatedError, UrlJudge, probe_hash, verdict_probabilities
+from ragate.judge import EngineJudge, JudgeError, TruncatedError, UrlJudge, probe_hash
 from ragate.metrics import METRICS, RECORD, Record
 from ragate.schemas import answer_schema, breach, portable
+from ragate.verdicts import verdict_probabilities
 from ragate_engine.errors import DeviceError, EngineError
 from ragate_engine.request import TokenInfo
 

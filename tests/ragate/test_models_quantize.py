@@ -179,3 +179,19 @@ def test_what_cannot_be_is_said_in_one_sentence(
     assert said.startswith("error: ") and said.count("\n") == 1 and "unexpected" not in said
     assert sentence in said
     assert not Path("small").exists()
+
+
+def test_what_prompts_begin_with_is_calibrated_on_once() -> None:
+    shared, size = list(range(900)), 512
+    prompts = [[*shared, *range(1000 * i, 1000 * i + 300)] for i in (1, 2, 3)]
+    found = pieces(prompts)
+    assert [*map(len, found)] == [size] * len(found)
+    # the first prompt whole, of each other the end alone
+    assert found[:3] == [prompts[0][:512], prompts[0][512:1024], prompts[0][-512:]]
+    assert found[3:] == [prompt[-512:] for prompt in prompts[1:]]
+
+
+def test_a_sequence_begins_with_the_token_that_every_text_begins_with() -> None:
+    found = pieces([[7, *range(100, 700)], [7, 5, 6]], bos=7)
+    assert [piece[0] for piece in found] == [7, 7, 7]
+    assert found == [[7, *range(100, 611)], [7, *range(189, 700)], [7, 5, 6]]

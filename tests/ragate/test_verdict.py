@@ -374,6 +374,8 @@ def test_a_judge_of_known_accuracy_shows_part_of_a_drop_and_the_detectable_one_i
     metric = _gate([1.0] * 50, [0.9, 1.0] * 25, judge_accuracy=0.75).metrics[0]
     assert metric.detectable_true == pytest.approx(2 * (metric.detectable or 0))
     assert _gate([1.0] * 50, [0.9, 1.0] * 25).metrics[0].detectable_true is None
+    known = {"another": 0.9}
+    assert _gate([1.0] * 50, [0.9, 1.0] * 25, judge_accuracy=known).metrics[0].detectable_true is None
     with pytest.raises(ConfigError, match="judge_accuracy"):
         _gate([1.0] * 50, [1.0] * 50, judge_accuracy=0.5)
 

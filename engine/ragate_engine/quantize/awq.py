@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 SHARES = tuple(1 - step / 30 for step in range(13))
 """Of a group's range: what is tried of it, down to 0.6."""
+DOUBT = 1.0
+"""How often the diagonal of what correlates counts once more: other text correlates otherwise."""
 SWEEPS = 2
 """How often every group of a row is chosen, given the errors of the others."""
 STEPS, RATE = 60, 0.1
@@ -218,12 +220,12 @@ def _expected(rows: Rows, scales: torch.Tensor, group: int) -> torch.Tensor:
 def rounded(weight: torch.Tensor, gram: torch.Tensor, bits: int, group: int) -> Quantized:
     """`weight`, float32 [out, in], rounded to nearest, each group on the clipped range that changes its row least.
 
-    The error of a row is d G d^T, for d its changes and G the `gram` of its inputs, float32 [in, in], with the diagonal
-    counted twice: what is true of the calibration's correlations need not be of other text. A group is chosen given
-    what the others have lost. Clipping makes weights smaller, and a little in every layer is a lot in the end: so each
-    row's scales are stretched until its output is, on the whole, as large as it was.
+    The error of a row is d G d^T, for d its changes and G the `gram` of its inputs, float32 [in, in], with more on
+    its diagonal (`DOUBT`): what is true of the calibration's correlations need not be of other text. A group is
+    chosen given what the others have lost. Clipping makes weights smaller, and a little in every layer is a lot in the
+    end: so each row's scales are stretched until its output is, on the whole, as large as it was.
     """
-    gram = gram + torch.diag(gram.diagonal())
+    gram = gram + DOUBT * torch.diag(gram.diagonal())
     rows, width = weight.shape
     change = torch.zeros_like(weight)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)

@@ -764,7 +764,7 @@ def product(
             M, N // 2 if packed.gated else N, dtype=torch.float32 if wide else x.dtype, device=x.device
         )
     if tile is None and M >= UNPACK_ROWS:
-        return _product_unpacked(x, packed, bias, wide, activation, rows, y)
+        return product_unpacked(x, unpacked(packed), packed, bias, wide, activation, rows, y)
     low, high = PLANES[packed.bits]
     walk = walk_of(packed.bits, packed.group)
     tile = fitting(tile or best_tile(M, N, S), packed)
@@ -804,8 +804,9 @@ def product(
     return y
 
 
-def _product_unpacked(
+def product_unpacked(
     x: torch.Tensor,
+    w: torch.Tensor,
     packed: PackedQuant,
     bias: torch.Tensor | None,
     wide: bool,
@@ -813,8 +814,7 @@ def _product_unpacked(
     rows: torch.Tensor | None,
     y: torch.Tensor,
 ) -> torch.Tensor:
-    """`product` for very many rows."""
-    w = unpacked(packed)
+    """`product` for very many rows: with `w`, which is `packed` unpacked."""
     if packed.segments == 1 and y.is_contiguous():
         return plain_product(x, Packed(w, packed.gated), bias, wide, activation, rows, y)
     M, K = x.shape

@@ -1,0 +1,322 @@
+"""`Quality`: all figures of one judge on one set of labels, as data; page and terminal are made from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Annotated, NamedTuple
+
+import numpy as np
+from pydantic import BeforeValidator, Field
+
+from ragate.judging import stats
+from ragate.judging.asks import Row, Said
+from ragate.judging.labelled import Subject
+from ragate.judging.mapping import METHODS, ScoreMap, apply, crossfitted, fit
+from ragate.run import Frozen
+
+HISTOGRAM = 20
+"""Bars over [0, 1]."""
+CURVE = 200
+"""Points of a ROC curve that are kept."""
+MISSES = 20
+"""The most confident wrong verdicts that are listed."""
+LEAST_GROUP = 10
+"""A generator with fewer items gets no row of its own."""
+LONGEST = 2_000
+"""Characters of a text that are kept with a miss."""
+
+Figure = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A number; NaN, where there is none, is null in JSON."""
+
+
+class Interval(Frozen):
+    """A figure with its 95 % cluster-bootstrap interval."""
+
+    value: Figure
+    lower: Figure
+    upper: Figure
+
+
+class ScoreFigures(Frozen):
+    """How well one score tells the labels apart."""
+
+    name: str
+    auroc: Interval
+    auroc_within: Interval
+    """Within generators; of contexts, within the item that they belong to."""
+    balanced_accuracy: Interval
+    """At a threshold chosen on one half of the sources and tested on the other."""
+
+
+class Agreement(Frozen):
+    """Verdicts against labels at one threshold."""
+
+    sensitivity: Figure
+    specificity: Figure
+    balanced_accuracy: Figure
+    kappa: Figure
+    counts: tuple[Figure, Figure, Figure, Figure]
+    """Labelled 1 judged 1, labelled 1 judged 0, labelled 0 judged 1, labelled 0 judged 0."""
+
+
+class Group(Frozen):
+    """The items of one generator."""
+
+    name: str
+    items: int
+    positive: float
+    """Share labelled 1."""
+    auroc: Figure
+    balanced_accuracy: Figure
+    """At P = 0.5."""
+    mean: float
+    """Mean of the hard scores."""
+
+
+class Bin(Frozen):
+    """A bin of the reliability diagram."""
+
+    items: int
+    score: float
+    share: float
+
+
+class Miss(Frozen):
+    """A confident wrong verdict."""
+
+    id: str
+    label: int
+    soft: float
+    question: str
+    answer: str
+    said: Said
+    """The verdict that decided."""
+
+
+class Quality(Frozen):
+    """One judge on one set of labels."""
+
+    judge: str
+    subject: Subject
+    statements: str
+    """How answers became statements: `sentences` or `judge`; empty of contexts."""
+    data: str
+    items: int
+    """Rows with a verdict: answers, or contexts."""
+    positive: int
+    """Of those, labelled 1."""
+    clusters: int
+    unlabelled: int
+    failed: tuple[str, ...]
+    """What got no verdict."""
+    scores: tuple[ScoreFigures, ...]
+    """The judge's first, the floors last."""
+    gain: Interval
+    """The judge's AUROC less that of word overlap, on the same resamples."""
+    as_it_is: Agreement
+    """At P = 0.5 of the weakest statement, which is the verdict that the judge gives."""
+    at_threshold: Agreement
+    """Each half judged at the other's best threshold, both halves together, mean of the halvings."""
+    threshold: Figure
+    """The best threshold on all items."""
+    error_before: Figure
+    """Expected calibration error of P, 15 bins of equal mass."""
+    error_after: dict[str, Figure]
+    """The same after each map, fitted on the other half."""
+    scores_map: ScoreMap
+    shown_hard: Figure
+    shown_soft: Figure
+    reliability: tuple[Bin, ...]
+    reliability_after: tuple[Bin, ...]
+    roc: dict[str, tuple[tuple[float, float], ...]]
+    histogram: dict[str, tuple[int, ...]]
+    """Counts of P by label."""
+    groups: tuple[Group, ...]
+    misses: tuple[Miss, ...] = Field(default=())
+
+
+class Source(NamedTuple):
+    """What was measured, for the headline."""
+
+    judge: str
+    subject: Subject
+    statements: str
+    data: str
+    unlabelled: int
+    failed: tuple[str, ...]
+
+
+SCORES: dict[str, Callable[[Row], float]] = {
+    "judge": lambda row: row.soft,
+    "judge, mean over statements": lambda row: row.mean,
+    "judge, hard verdicts": lambda row: row.hard,
+    "word overlap": lambda row: row.overlap,
+    "shortness": lambda row: row.brevity,
+}
+"""Name -> score. `shortness` is fewer content words."""
+
+
+def quality_of(rows: Sequence[Row], source: Source, *, resamples: int = stats.RESAMPLES) -> Quality:
+    """All figures; those that need both labels are NaN where one is missing. `rows` must not be empty."""
+    labels = np.array([row.label for row in rows], dtype=np.int64)
+    clusters = [row.cluster for row in rows]
+    generators = [row.generator for row in rows]
+    codes = stats.group_codes(clusters)
+    soft = np.array([row.soft for row in rows], dtype=np.float64)
+    hard = np.array([row.hard for row in rows], dtype=np.float64)
+    wanted = [
+        name for name in SCORES if source.subject == "faithfulness" or name != "judge, mean over statements"
+    ]
+    fitted = fit(soft, labels, codes)
+    after = {method: crossfitted(soft, labels, codes, method) for method in METHODS}
+    mapped = after[fitted.method]
+    statement_means = np.array(
+        [np.mean(apply(fitted, np.array([s.probability for s in row.said]), fitted.method)) for row in rows]
+    )
+    return Quality(
+        judge=source.judge,
+        subject=source.subject,
+        statements=source.statements if source.subject == "faithfulness" else "",
+        data=source.data,
+        items=len(rows),
+        positive=int(labels.sum()),
+        clusters=len(set(clusters)),
+        unlabelled=source.unlabelled,
+        failed=source.failed,
+        scores=tuple(
+            _figures(name, [SCORES[name](row) for row in rows], labels, generators, clusters, resamples)
+            for name in wanted
+        ),
+        gain=Interval(
+            **stats.auroc_gain(
+                soft.tolist(), [row.overlap for row in rows], labels.tolist(), clusters, resamples=resamples
+            )._asdict()
+        ),
+        as_it_is=_agreement(labels, (soft >= 0.5).astype(np.int64)),
+        at_threshold=_at_threshold(soft, labels, codes),
+        threshold=stats.best_threshold(soft, labels),
+        error_before=stats.calibration_error(soft, labels),
+        error_after={str(name): stats.calibration_error(s, labels) for name, s in after.items()},
+        scores_map=fitted,
+        shown_hard=_gap(hard, labels),
+        shown_soft=_gap(statement_means, labels),
+        reliability=_bins(soft, labels),
+        reliability_after=_bins(mapped, labels),
+        roc={
+            name: _thinned(stats.roc(np.array([SCORES[name](row) for row in rows]), labels))
+            for name in ("judge", "word overlap")
+        },
+        histogram={str(label): _histogram(soft[labels == label]) for label in (1, 0)},
+        groups=_groups(soft, hard, labels, generators) if source.subject == "faithfulness" else (),
+        misses=_misses(rows),
+    )
+
+
+def _figures(
+    name: str,
+    scores: Sequence[float],
+    labels: stats.Ints,
+    generators: Sequence[str],
+    clusters: Sequence[str],
+    resamples: int,
+) -> ScoreFigures:
+    found = stats.discrimination(scores, labels.tolist(), generators, clusters, resamples=resamples)
+    return ScoreFigures(
+        name=name, **{key: Interval(**value._asdict()) for key, value in found._asdict().items()}
+    )
+
+
+def _agreement(labels: stats.Ints, verdicts: stats.Ints) -> Agreement:
+    cells = stats.confusion(labels, verdicts)
+    return Agreement(
+        sensitivity=cells.sensitivity,
+        specificity=cells.specificity,
+        balanced_accuracy=cells.balanced_accuracy,
+        kappa=stats.kappa(labels, verdicts),
+        counts=cells,
+    )
+
+
+def _at_threshold(soft: stats.Floats, labels: stats.Ints, clusters: stats.Ints) -> Agreement:
+    found = stats.halvings(soft, labels, clusters)
+    if not found:
+        nan = float("nan")
+        return Agreement(
+            sensitivity=nan, specificity=nan, balanced_accuracy=nan, kappa=nan, counts=(nan, nan, nan, nan)
+        )
+    counts = np.mean([each.confusion for each in found], axis=0)
+    cells = stats.Confusion(*(round(float(count), 2) for count in counts))
+    return Agreement(
+        sensitivity=cells.sensitivity,
+        specificity=cells.specificity,
+        balanced_accuracy=float(np.mean([each.balanced_accuracy for each in found])),
+        kappa=float(np.mean([stats.kappa(labels, each.verdicts) for each in found])),
+        counts=cells,
+    )
+
+
+def _gap(scores: stats.Floats, labels: stats.Ints) -> float:
+    """How far the mean score falls when all that was labelled 1 becomes 0."""
+    if not 0 < labels.sum() < len(labels):
+        return float("nan")
+    return float(scores[labels == 1].mean() - scores[labels == 0].mean())
+
+
+def _bins(scores: stats.Floats, labels: stats.Ints) -> tuple[Bin, ...]:
+    return tuple(Bin(**each._asdict()) for each in stats.reliability(scores, labels))
+
+
+def _thinned(points: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """At most `CURVE` of the points, the ends among them."""
+    if len(points) <= CURVE:
+        return tuple(points)
+    return tuple(points[i * (len(points) - 1) // (CURVE - 1)] for i in range(CURVE))
+
+
+def _histogram(scores: stats.Floats) -> tuple[int, ...]:
+    return tuple(int(n) for n in np.histogram(scores, bins=HISTOGRAM, range=(0, 1))[0])
+
+
+def _groups(
+    soft: stats.Floats, hard: stats.Floats, labels: stats.Ints, names: Sequence[str]
+) -> tuple[Group, ...]:
+    found = []
+    for name in sorted(set(names)):
+        own = np.array([each == name for each in names])
+        if own.sum() < LEAST_GROUP:
+            continue
+        found.append(
+            Group(
+                name=name,
+                items=int(own.sum()),
+                positive=float(labels[own].mean()),
+                auroc=stats.auroc(soft[own], labels[own]),
+                balanced_accuracy=stats.confusion(
+                    labels[own], (soft[own] >= 0.5).astype(np.int64)
+                ).balanced_accuracy,
+                mean=float(hard[own].mean()),
+            )
+        )
+    return tuple(found)
+
+
+def _misses(rows: Sequence[Row]) -> tuple[Miss, ...]:
+    """Wrong at P = 0.5, the most confident first; of an answer, with its weakest statement."""
+    wrong = [row for row in rows if (row.soft >= 0.5) != (row.label == 1)]
+    wrong.sort(key=lambda row: (-abs(row.soft - 0.5), row.id))
+    return tuple(
+        Miss(
+            id=row.id,
+            label=row.label,
+            soft=row.soft,
+            question=row.question[:LONGEST],
+            answer=row.answer[:LONGEST],
+            said=_cut(min(row.said, key=lambda said: said.probability)),
+        )
+        for row in wrong[:MISSES]
+    )
+
+
+def _cut(said: Said) -> Said:
+    return said.model_copy(update={"text": said.text[:LONGEST]})

@@ -1,0 +1,197 @@
+"""`ragate judge calibrate`: from labelled answers to figures, a map and a page."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import Ragate
+from fake_engine import FakeEngine
+
+from ragate.journal import CallEntry, read_entries
+from ragate.judging.asks import Row, Said, answer_row, said_of
+from ragate.judging.labelled import Labelled
+from ragate.judging.mapping import load_calibration
+from ragate.judging.quality import Quality, Source, quality_of
+from ragate.report.calibration import headline_of, render_calibration
+
+FOLDER = Path(".ragate/judge/judge.gguf/labelled")
+
+
+def row(name: str, label: int, soft: float, *, overlap: float = 0.5, cluster: str = "") -> Row:
+    said = Said(text=f"{name} says", verdict=int(soft >= 0.5), probability=soft, reason="why")
+    return Row(
+        id=name,
+        label=label,
+        soft=soft,
+        mean=soft,
+        hard=said.verdict,
+        overlap=overlap,
+        brevity=-1.0,
+        generator="g",
+        cluster=cluster or name,
+        question="q",
+        answer="a",
+        said=(said,),
+    )
+
+
+def quality(rows: list[Row]) -> Quality:
+    return quality_of(rows, Source("j", "faithfulness", "sentences", "d", 0, ()), resamples=200)
+
+
+def good_rows(count: int = 80) -> list[Row]:
+    random = np.random.default_rng(0)
+    return [
+        row(f"r{i}", i % 2, round(float(np.clip(0.3 + 0.4 * (i % 2) + random.normal() / 4, 0, 1)), 6))
+        for i in range(count)
+    ]
+
+
+def test_a_calibration_writes_figures_a_map_and_a_page(
+    ragate: Ragate, engines: list[FakeEngine], labelled: Callable[..., str]
+) -> None:
+    ended = ragate("judge", "calibrate", labelled(), "--judge", "judge.gguf", "-q")
+    assert ended.code == 0, ended.err
+    assert "word overlap" in ended.out and "faithfulness.html" in ended.out
+    found = Quality.model_validate_json((FOLDER / "faithfulness-sentences.json").read_text())
+    assert (found.items, found.positive, found.clusters, found.failed) == (12, 6, 6, ())
+    assert found.scores[0].auroc.lower <= found.scores[0].auroc.value <= found.scores[0].auroc.upper
+    kept = load_calibration(FOLDER / "faithfulness-map.json")
+    assert kept.metric == "faithfulness" and kept.shown_hard == pytest.approx(found.shown_hard)
+    assert {"judge_weights", "prompt_faithfulness", "decoding"} <= kept.fingerprint.keys()
+    page = (FOLDER / "faithfulness.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;alert(" in page
+
+
+def test_each_call_is_asked_as_ragas_asks_with_our_sentences_as_its_statements(
+    ragate: Ragate, engines: list[FakeEngine], labelled: Callable[..., str]
+) -> None:
+    assert ragate("judge", "calibrate", labelled(), "--judge", "judge.gguf", "-q").code == 0
+    prompt = next(p for p in engines[0].prompts if '"3 is the first."' in p)
+    asked = json.loads(prompt.partition("input\ninput: ")[2].rpartition("Output:")[0])
+    assert asked == {
+        "context": "3 is the first.\n3 is also a number.",
+        "statements": ["3 is the first.", "It is number 3, <script>alert(3)</script> they say."],
+    }
+
+
+def test_a_calibration_that_was_stopped_goes_on_and_asks_nothing_twice(
+    ragate: Ragate, engines: list[FakeEngine], labelled: Callable[..., str]
+) -> None:
+    command = ("judge", "calibrate", labelled(), "--judge", "judge.gguf", "-q", "--format", "json")
+    first = ragate(*command)
+    journal = FOLDER / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:6]) + lines[6][:20])  # as kill -9 leaves it
+    kept = [entry for entry in read_entries(journal.read_bytes())[0] if isinstance(entry, CallEntry)]
+    assert ragate(*command) == first
+    assert len(engines[1].prompts) == 12 - len(kept)
+    assert ragate(*command) == first and engines[2].prompts == []
+
+
+def test_ragas_own_pipeline_stands_beside_the_sentences_on_the_page(
+    ragate: Ragate, engines: list[FakeEngine], labelled: Callable[..., str]
+) -> None:
+    command = ("judge", "calibrate", labelled(), "--judge", "judge.gguf", "-q")
+    assert ragate(*command).code == 0
+    assert "ragas&#39; pipeline" not in (FOLDER / "faithfulness.html").read_text()
+    assert ragate(*command, "--statements", "judge").code == 0
+    assert any("break down each sentence" in prompt.lower() for prompt in engines[1].prompts)
+    page = (FOLDER / "faithfulness.html").read_text()
+    assert "judge by sentences, hard verdicts" in page
+    assert (FOLDER / "faithfulness-judge.json").exists()
+
+
+def test_relevance_is_judged_context_by_context(
+    ragate: Ragate, engines: list[FakeEngine], labelled: Callable[..., str]
+) -> None:
+    ended = ragate("judge", "calibrate", labelled(), "--judge", "judge.gguf", "-q", "--calls", "relevance")
+    assert ended.code == 0, ended.err
+    found = Quality.model_validate_json((FOLDER / "relevance.json").read_text())
+    assert (found.items, found.positive) == (24, 12)
+    assert load_calibration(FOLDER / "relevance-map.json").metric == "context_precision"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"faithful": 1}, "labelled.jsonl: faithful: it is 1 everywhere"),
+        ({"answer": ""}, "labelled.jsonl:1: answer: expected a text"),
+    ],
+)
+def test_labels_that_tell_nothing_apart_are_refused_before_the_judge_is_loaded(
+    ragate: Ragate,
+    engines: list[FakeEngine],
+    labelled: Callable[..., str],
+    changes: dict[str, object],
+    said: str,
+) -> None:
+    ended = ragate("judge", "calibrate", labelled(**changes), "--judge", "judge.gguf", "-q")
+    assert ended.code == 4 and said in ended.err and not engines
+    assert not Path(".ragate").exists()
+
+
+def test_an_answer_is_as_good_as_its_weakest_statement() -> None:
+    item = Labelled("i", "q", ("a b",), "alpha beta. gamma.", 0, None, "g", "c")
+    output = json.dumps(
+        {
+            "statements": [
+                {"statement": "x", "reason": "r", "verdict": 1},
+                {"statement": "y", "reason": "r", "verdict": 0},
+            ]
+        }
+    )
+    found = answer_row(item, said_of("nli", output, (0.9, 0.2)))
+    assert (found.soft, found.mean, found.hard) == (0.2, pytest.approx(0.55), 0.5)
+
+
+def test_a_judge_without_probabilities_counts_by_its_verdicts() -> None:
+    (said,) = said_of("precision", '{"reason":"r","verdict":1}', (None,), "the context")
+    assert (said.probability, said.text) == (1.0, "the context")
+
+
+def test_figures_of_known_rows() -> None:
+    rows = [row("a", 1, 0.9), row("b", 1, 0.4), row("c", 0, 0.6), row("d", 0, 0.1)]
+    found = quality(rows)
+    assert found.scores[0].auroc.value == 0.75
+    assert found.as_it_is.counts == (1, 1, 1, 1) and found.as_it_is.kappa == 0
+    assert found.shown_hard == 0.0  # half of each label is judged 1: nothing of a drop shows
+    assert [miss.id for miss in found.misses] == ["b", "c"]
+    assert sum(found.histogram["1"]) == sum(found.histogram["0"]) == 2
+
+
+def test_of_hard_verdicts_sensitivity_and_specificity_less_one_is_shown() -> None:
+    found = quality(good_rows())
+    now = found.as_it_is
+    assert found.shown_hard == pytest.approx(now.sensitivity + now.specificity - 1)
+
+
+def test_figures_outlive_their_json_even_where_they_are_no_number() -> None:
+    found = quality([row("a", 1, 0.9, cluster="s"), row("b", 0, 0.2, cluster="s")])
+    assert math.isnan(found.scores[0].balanced_accuracy.value)  # one source has no two halves
+    again = Quality.model_validate_json(found.model_dump_json())
+    assert again.model_dump_json() == found.model_dump_json()
+
+
+def test_the_headline_is_against_a_coin_and_against_word_overlap() -> None:
+    good = good_rows()
+    assert headline_of(quality(good)).word == "BETTER THAN WORD OVERLAP"
+    known = [each.model_copy(update={"overlap": each.label * 1.0}) for each in good]
+    assert headline_of(quality(known)).word == "WORSE THAN WORD OVERLAP"
+    same = [each.model_copy(update={"overlap": each.soft}) for each in good]
+    assert headline_of(quality(same)).word == "NOT SHOWN TO BE BETTER THAN WORD OVERLAP"
+    guess = [each.model_copy(update={"soft": 0.5}) for each in good]
+    assert headline_of(quality(guess)).word == "NO BETTER THAN CHANCE"
+
+
+def test_a_page_shows_text_of_data_and_judge_as_text() -> None:
+    evil = "</dd><script>alert(1)</script>"
+    rows = good_rows()
+    rows[0] = rows[0].model_copy(update={"soft": 0.99, "answer": evil, "question": evil})
+    page = render_calibration(quality(rows).model_copy(update={"judge": evil}))
+    assert "<script" not in page and "&lt;script&gt;" in page

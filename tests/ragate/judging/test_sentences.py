@@ -1,0 +1,87 @@
+"""How an answer becomes statements."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ragate.judging.sentences import even_parts, sentences_of
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        (
+            "Dr. Smith paid $3.5 million in the U.S. last year. He left.",
+            ["Dr. Smith paid $3.5 million in the U.S. last year.", "He left."],
+        ),
+        (
+            "J. K. Rowling, e.g. in 1997, wrote it. Really!",
+            ["J. K. Rowling, e.g. in 1997, wrote it. Really!"],
+        ),
+        ('She said "No way." Then she left.', ['She said "No way."', "Then she left."]),
+        ("It was in 1984. 5 people came.", ["It was in 1984.", "5 people came."]),
+        ("Is it open? It is. Come in!", ["Is it open?", "It is.", "Come in!"]),
+        ("Yes. It opens at 9 a.m. daily.", ["Yes. It opens at 9 a.m. daily."]),
+        ("first line without a stop\nsecond line", ["first line without a stop", "second line"]),
+    ],
+)
+def test_prose_is_cut_where_a_sentence_ends_and_nowhere_else(text: str, sentences: list[str]) -> None:
+    assert sentences_of(text) == sentences
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        (
+            "Garlic has these benefits:\n\n* Weight loss\n* It lowers the pressure of the blood.\n\nEat it daily.",
+            [
+                "Garlic has these benefits: Weight loss",
+                "It lowers the pressure of the blood.",
+                "Eat it daily.",
+            ],
+        ),
+        (
+            "Garlic has these benefits:\n1. Weight loss\n2. Pain relief",
+            ["Garlic has these benefits: Weight loss", "Garlic has these benefits: Pain relief"],
+        ),
+        (
+            "Steps: 1. Wash the car well. 2. Dry it.",
+            ["Steps: 1. Wash the car well.", "Dry it."],
+        ),
+        ("- **Bold**: is dropped\n- so are the bullets", ["Bold: is dropped", "so are the bullets"]),
+    ],
+)
+def test_list_items_are_statements_and_short_ones_keep_their_lead_in(text: str, sentences: list[str]) -> None:
+    assert sentences_of(text) == sentences
+
+
+def test_what_states_nothing_is_left_out() -> None:
+    text = (
+        "Sure! The sky is blue (Passage 1) and wide [2, 3]. I hope this helps! Let me know if you want more."
+    )
+    assert sentences_of(text) == ["The sky is blue and wide."]
+    assert sentences_of("It rained (as mentioned in Passage 2). It was cold (2019).") == [
+        "It rained.",
+        "It was cold (2019).",
+    ]
+
+
+def test_an_answer_that_is_nothing_but_a_courtesy_is_still_a_statement() -> None:
+    assert sentences_of("Sure!") == ["Sure!"]
+    assert sentences_of(" \n ") == []
+
+
+@given(st.text(alphabet="ab .!?:1-*\n()A", max_size=80))
+def test_no_word_is_lost_or_made_up(text: str) -> None:
+    letters = sorted(c for c in text if c == "b")
+    found = sentences_of(text)
+    assert all(sentence.strip() for sentence in found)
+    assert set(letters) <= set("".join(found)) or not letters
+
+
+def test_parts_are_even_and_none_is_too_large() -> None:
+    assert even_parts(range(9), 8) == [(0, 1, 2, 3), (4, 5, 6, 7, 8)]
+    assert even_parts([1, 2], 8) == [(1, 2)]
+    assert even_parts([], 8) == []

@@ -1,0 +1,146 @@
+"""Soft scores: probabilities in place of verdicts, in the fingerprint, and what a calibration tells the gate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_embeddings import FakeEmbeddings
+from fake_engine import FakeEngine
+from hypothesis import given
+from hypothesis import strategies as st
+from ragas.metrics.collections import ContextPrecision
+
+from ragate.config import Settings
+from ragate.errors import ConfigError
+from ragate.evaluate import evaluate
+from ragate.journal import Journal
+from ragate.judge import EngineJudge
+from ragate.judging.mapping import Calibration, ScoreMap, save_calibration
+from ragate.metrics import METRICS
+from ragate.run import Claim, Run
+from ragate.soft import SoftScores, average_precision
+from ragate.suite import known_accuracy
+from ragate.testset import Item, TestSet
+
+MAP = ScoreMap(temperature=2.0, knots=((0.0, 0.1), (1.0, 0.5)), method="isotonic")
+
+
+def claim(probability: float | None, verdict: int = 1, similarity: float | None = None) -> Claim:
+    return Claim(text="t", verdict=verdict, probability=probability, similarity=similarity)
+
+
+def calibration(fingerprint: dict[str, str], metric: str = "faithfulness") -> Calibration:
+    return Calibration.model_validate(
+        {
+            "judge": "fake",
+            "metric": metric,
+            "data": "d",
+            "items": 9,
+            "fingerprint": fingerprint,
+            "scores": MAP,
+            "shown_hard": 0.5,
+            "shown_soft": 0.25,
+        }
+    )
+
+
+def run_of(folder: Path, soft: SoftScores | None) -> Run:
+    items = tuple(
+        Item(id=f"q{i}", question=f"Q{i}?", reference="R.", answer="A.", contexts=(f"one {i}", "two"))
+        for i in range(4)
+    )
+    testset = TestSet(name="suite", source="suite.jsonl", items=items, hash="abc")
+    engine = FakeEngine()
+    with Journal.open(folder / "journal.jsonl") as journal:
+        run, _ = evaluate(
+            testset,
+            list(METRICS),
+            EngineJudge(engine, "fake"),  # type: ignore[arg-type]
+            journal,
+            embeddings=FakeEmbeddings(),  # type: ignore[arg-type]
+            soft=soft,
+        )
+    engine.close()
+    return run
+
+
+def test_a_soft_score_is_made_of_the_claims_probabilities(tmp_path: Path) -> None:
+    hard, soft = run_of(tmp_path, None), run_of(tmp_path, SoftScores())
+    assert soft.calls == hard.calls and soft.fingerprint == hard.fingerprint | {"scores": "soft"}
+    assert "scores" not in hard.fingerprint
+    for before, after in zip(hard.scores, soft.scores, strict=True):
+        assert after.claims == before.claims
+        chances = [each.probability or 0.0 for each in after.claims]
+        if after.metric in ("faithfulness", "context_recall"):
+            assert after.value == pytest.approx(np.mean(chances))
+        elif after.metric == "answer_relevance":
+            expected = (after.claims[0].similarity or 0.0) * chances[0]
+            assert after.value == pytest.approx(max(expected, 0.0), abs=1e-6)
+
+
+def test_a_map_changes_its_own_metric_alone(tmp_path: Path) -> None:
+    plain = run_of(tmp_path, SoftScores())
+    kept = {k: v for k, v in plain.fingerprint.items() if k in ("judge_weights", "prompt_faithfulness")}
+    mapped = run_of(tmp_path, SoftScores(calibration(kept)))
+    assert mapped.fingerprint["scores"].startswith("soft, faithfulness mapped by ")
+    for before, after in zip(plain.scores, mapped.scores, strict=True):
+        if after.metric == "faithfulness":
+            mean = np.mean([0.1 + 0.4 * (each.probability or 0.0) for each in after.claims])
+            assert after.value == pytest.approx(mean)
+        else:
+            assert after.value == before.value
+
+
+def test_a_map_of_another_judge_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="another judge_weights; calibrate this judge with"):
+        run_of(tmp_path, SoftScores(calibration({"judge_weights": "other"})))
+
+
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=8))
+def test_of_certain_verdicts_the_soft_precision_is_that_of_ragas(verdicts: list[int]) -> None:
+    theirs = ContextPrecision._calculate_average_precision(None, verdicts)
+    assert average_precision(verdicts) == pytest.approx(theirs, abs=1e-9)
+
+
+def test_soft_precision_of_known_probabilities() -> None:
+    assert average_precision([0.5, 0.5]) == pytest.approx(0.5)
+    assert average_precision([1.0, 0.5]) == pytest.approx((1.0 + 0.5 * 0.75) / 1.5)
+    assert average_precision([0.5, 1.0]) == pytest.approx((0.5 * 0.5 + 0.75) / 1.5)
+    assert average_precision([0.0, 0.0]) == 0.0
+
+
+def test_soft_relevance_is_the_similarity_as_far_as_the_answer_is_committal() -> None:
+    assert SoftScores().value("answer_relevance", [claim(0.25, similarity=0.8)]) == pytest.approx(0.2)
+
+
+def test_a_judge_without_probabilities_has_no_soft_scores() -> None:
+    with pytest.raises(ConfigError, match="take hard"):
+        SoftScores().value("faithfulness", [claim(0.5), claim(None)])
+
+
+def known(folder: Path, fingerprint: dict[str, str], **settings: Any) -> dict[str, float]:
+    path = folder / "map.json"
+    save_calibration(calibration({"judge_weights": "w", "prompt_faithfulness": "p"}), path)
+    run = Run.model_construct(metrics=("faithfulness", "context_recall"), fingerprint=fingerprint)
+    return known_accuracy(Settings(calibration=str(path), **settings), run)
+
+
+def test_the_gate_is_told_what_the_scores_of_this_judge_show_of_a_drop(tmp_path: Path) -> None:
+    mine = {"judge_weights": "w", "prompt_faithfulness": "p", "judge_backend": "any"}
+    assert known(tmp_path, mine) == {"faithfulness": 0.75}  # hard scores show 0.5: 2 * 0.75 - 1
+    assert known(tmp_path, mine | {"scores": "soft"}) == {"faithfulness": 0.625}
+    assert known(tmp_path, mine, judge_accuracy=0.9) == {"faithfulness": 0.75, "context_recall": 0.9}
+    assert known(tmp_path, mine | {"judge_weights": "other"}) == {}
+
+
+def test_a_broken_map_is_found_out_before_the_judging(ragate: Any) -> None:
+    Path("map.json").write_text("{}")
+    row = {"question": "Q?", "reference": "R.", "answer": "A.", "contexts": ["c"]}
+    Path("cases.jsonl").write_text(json.dumps(row) + "\n")
+    Path("ragate.toml").write_text('scores = "soft"\ncalibration = "map.json"\ntestset = "cases.jsonl"\n')
+    ended = ragate("eval", "--judge", "none.gguf", "-q")
+    assert ended.code == 4 and "map.json: judge: Field required" in ended.err
