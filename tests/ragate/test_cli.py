@@ -477,7 +477,7 @@ def test_an_interrupted_eval_exits_130_and_says_how_to_go_on(
     assert ragate("eval", "--testset", "my cases.jsonl", "--quiet") == (
         130,
         "",
-        "interrupted: what was judged is safe in .ragate/my cases; "
+        "interrupted: what was judged is safe in .ragate/my-cases; "
         "run `ragate eval --testset 'my cases.jsonl' --quiet` again to go on\n",
     )
 
