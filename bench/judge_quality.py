@@ -222,12 +222,10 @@ def answers_of(judge: str, prompts: Rows, options: argparse.Namespace) -> Rows:
 
 
 def engine_config(options: argparse.Namespace) -> EngineConfig:
-    """The engine as the options want it. Raises SystemExit for an adapter where the engine takes none."""
+    """The engine as the options want it."""
     settings: dict[str, Any] = {"device": options.device, "max_batch": options.max_batch}
     if options.adapter is not None:
-        if "adapter" not in {field.name for field in dataclasses.fields(EngineConfig)}:
-            raise SystemExit("this engine takes no adapter yet: leave out --adapter")
-        settings["adapter"] = options.adapter
+        settings["merge_adapter"] = options.adapter
     return EngineConfig(**settings)
 
 

@@ -44,8 +44,8 @@ def logits_of(
 ) -> Iterator[torch.Tensor]:
     """Logits after every token of each window: float32 [n, vocab] each, on the device of `config`, one at a time.
 
-    The kernels, device and dtypes are those of `config`; the sizes of batch, step and cache are set here. Raises what
-    loading a model raises.
+    The kernels, device and dtypes are those of `config`, and where it has adapters, the first is asked; the sizes of
+    batch, step and cache are set here. Raises what loading a model raises.
     """
     head, states = states_of(checkpoint, windows, config)
     for part in states:
@@ -107,6 +107,7 @@ def _states(runner: Runner, windows: Sequence[Sequence[int]]) -> Iterator[torch.
     for number, window in enumerate(windows):
         request = Request(number, list(window), len(window), SamplingParams(), None)  # type: ignore[arg-type]
         request.slot = 0
+        request.adapter = 0 if runner.adapters else -1
         request.blocks = list(range(-(-len(window) // BLOCK_SIZE)))
         with torch.inference_mode(), runner.steps.entered():
             # no token is chosen: the step stands for a chunk in the middle of a prompt

@@ -7,7 +7,7 @@ the same shape on a disk, for what is measured from there.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 
 from ragate_engine.config import ModelConfig, RopeConfig
 from ragate_engine.errors import ModelFileError
+from ragate_engine.lora import LEAVES, Adapter, Pair
 from ragate_engine.quant.tensor import QuantTensor
 from ragate_engine.weights import Checkpoint, names, open_checkpoint
 
@@ -45,6 +46,21 @@ SMOL_135M = ModelConfig(
     rope=RopeConfig(100_000.0),
     tie_embeddings=True,
 )
+QWEN_0_5B = ModelConfig(
+    arch="qwen2",
+    vocab_size=151936,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_layers=24,
+    num_heads=14,
+    num_kv_heads=2,
+    head_dim=64,
+    max_len=32768,
+    norm_eps=1e-6,
+    rope=RopeConfig(1_000_000.0),
+    tie_embeddings=True,
+    qkv_bias=True,
+)
 QWEN_1_5B = ModelConfig(
     arch="qwen2",
     vocab_size=151936,
@@ -71,8 +87,8 @@ TINY = ModelConfig(
     head_dim=16,
     max_len=2048,
 )
-SHAPES = {"8b": LLAMA_8B, "1.5b": QWEN_1_5B, "135m": SMOL_135M, "tiny": TINY}
-"""Llama-3-8B, Qwen2.5-1.5B, SmolLM2-135M, and one for tests."""
+SHAPES = {"8b": LLAMA_8B, "1.5b": QWEN_1_5B, "0.5b": QWEN_0_5B, "135m": SMOL_135M, "tiny": TINY}
+"""Llama-3-8B, Qwen2.5-1.5B and 0.5B, SmolLM2-135M, and one for tests."""
 
 
 class Quantized(NamedTuple):
@@ -170,6 +186,20 @@ def _draw(name: str, shape: tuple[int, ...], seed: int, device: str) -> torch.Te
     generator = torch.Generator(device).manual_seed(number)
     drawn = torch.randn(shape, generator=generator, dtype=torch.bfloat16, device=device)
     return drawn.mul_(shape[-1] ** -0.5 if len(shape) == 2 else 0.1)
+
+
+def random_adapter(
+    config: ModelConfig, name: str = "random", rank: int = 8, seed: int = 0, leaves: Sequence[str] = LEAVES
+) -> Adapter:
+    """A LoRA adapter of every layer's `leaves`, whose changes are about a third of the weights' size."""
+    generator = torch.Generator().manual_seed(seed)
+    scale, shapes = 2.0, names.expected(config)
+    pairs = {}
+    for weight in (f"layers.{layer}.{leaf}" for layer in range(config.num_layers) for leaf in leaves):
+        outer, inner = shapes[weight]
+        a = torch.randn(rank, inner, generator=generator) * inner**-0.5
+        pairs[weight] = Pair(a, torch.randn(outer, rank, generator=generator) * (0.3 / scale / rank**0.5))
+    return Adapter(name, rank, scale, pairs)
 
 
 def write_safetensors(config: ModelConfig, folder: Path, shard_bytes: int = SHARD_BYTES) -> int:

@@ -49,7 +49,7 @@ class Model:
     """A catalogue entry. A model of one file is cached as that file, one of several as a folder."""
 
     name: str
-    kind: Literal["judge", "embeddings"]
+    kind: Literal["judge", "embeddings", "data"]
     title: str
     licence: str
     quantization: str
@@ -261,7 +261,10 @@ def cache_folder() -> Path:
 
 def is_cached(name: str) -> bool:
     """True when every file of the model is cached at its full size (its sha256 was checked when it came)."""
-    model = find(name)
+    return _is_here(find(name))
+
+
+def _is_here(model: Model) -> bool:
     return all(_size(path) == file.size for file, path in _places(model))
 
 
@@ -272,15 +275,21 @@ def model_path(name: str, *, pull: bool = True, progress: Progress | None = None
     the others wait and find it. Raises CatalogError: unknown name, not cached and `pull` is false, no source
     has it, wrong sha256, disk full.
     """
-    model = find(name)
-    if not is_cached(name):
+    return fetched(find(name), pull=pull, progress=progress)
+
+
+def fetched(model: Model, *, pull: bool = True, progress: Progress | None = None) -> Path:
+    """As `model_path`, for an entry that need not be in the catalogue (training data)."""
+    if not _is_here(model):
         if not pull:
-            raise CatalogError(f"{name} is not in the cache; fetch it with `ragate models pull {name}`")
+            raise CatalogError(
+                f"{model.name} is not in the cache; fetch it with `ragate models pull {model.name}`"
+            )
         try:
             _pull(model, progress or _no_progress)
         except OSError as e:
             raise CatalogError(
-                f"{name}: cannot write to {cache_folder()}: {e.strerror or e}; "
+                f"{model.name}: cannot write to {cache_folder()}: {e.strerror or e}; "
                 "free some space or name another folder in RAGATE_CACHE"
             ) from None
     return _home(model)
@@ -411,7 +420,7 @@ def _pull(model: Model, progress: Progress) -> None:
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f".{model.name}.lock"):
-        if is_cached(model.name):
+        if _is_here(model):
             return
         work = folder / f".{model.name}.partial"
         shutil.rmtree(work, ignore_errors=True)  # left by a killed pull: the lock says that it is dead

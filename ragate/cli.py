@@ -545,7 +545,7 @@ def comment(run: Path | None, report_url: str | None, artifact: Path | None) -> 
         done = post_artifact(os.environ, artifact, verdict_by(settings), trusted_baseline(settings))
     else:
         found, folder, _ = stored_run(run)
-        gate, base = load_verdict(folder)
+        gate, base = load_verdict(folder, found)
         done = post_run(os.environ, found, gate, base, load_timings(folder), report_url)
     click.echo(plain(done))
     return 0

@@ -23,7 +23,7 @@ from ragate.gate.verdict import GateResult, shorten
 from ragate.metrics import METRICS
 from ragate.report.markdown import LONGEST_SUMMARY, comment_marker, render_comment
 from ragate.report.untrusted import plain
-from ragate.run import Run, load_run
+from ragate.run import Run, load_run, run_digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -431,10 +431,10 @@ def _refuse_odd_file(path: Path, most: int) -> None:
         raise RunError(f"{path}: {path.stat().st_size:,} bytes; at most {most:,}")
 
 
-def load_verdict(folder: Path) -> tuple[GateResult | None, Baseline | None]:
-    """The verdict and the baseline that `ragate eval` left beside a run; `None` where there was no baseline.
+def load_verdict(folder: Path, run: Run) -> tuple[GateResult | None, Baseline | None]:
+    """The verdict and the baseline that `ragate eval` left beside `run`; `None` where there was no baseline.
 
-    Raises RunError or BaselineError where they cannot be read.
+    Raises RunError or BaselineError where they cannot be read, or where the verdict is that on another run.
     """
     verdict = folder / "verdict.json"
     if not verdict.is_file():
@@ -445,4 +445,8 @@ def load_verdict(folder: Path) -> tuple[GateResult | None, Baseline | None]:
         raise RunError(
             f"{verdict}: no verdict that can be read ({type(e).__name__}); run `ragate report`"
         ) from None
+    if gate.run_digest != run_digest(run):
+        raise RunError(
+            f"{verdict}: a verdict on another run than the one beside it; `ragate report` makes it anew"
+        )
     return gate, load_baseline(folder / "baseline.json")

@@ -196,9 +196,18 @@ def fingerprint_id(fields: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def run_digest(run: Run) -> str:
+    """sha256 of the file that `save_run` writes of `run`."""
+    return hashlib.sha256(_text_of(run).encode()).hexdigest()
+
+
 def save_run(run: Run, path: Path) -> None:
     """Write `run` whole (temporary file, fsync, rename). Raises RunError when the disk refuses."""
-    write_whole(path, run.model_dump_json(indent=1) + "\n")
+    write_whole(path, _text_of(run))
+
+
+def _text_of(run: Run) -> str:
+    return run.model_dump_json(indent=1) + "\n"
 
 
 def load_run(path: Path) -> Run:

@@ -19,12 +19,13 @@ from ragate.gate.baseline import (
     Baseline,
     baseline_of,
     baseline_path,
+    file_name,
     git_commit,
     load_baseline,
     save_baseline,
 )
 from ragate.gate.verdict import EVALUATE_RESERVE, MAX_UNSCORED, GateResult, decide
-from ragate.run import Run, joined, load_run, save_run
+from ragate.run import Run, joined, load_run, run_digest, save_run
 from ragate.soft import FIELD
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def baseline_run(settings: Settings, suite: str, path: Path) -> Path:
 
 def out_folder(settings: Settings, suite: str) -> Path:
     """Where a suite's run is kept: `--out`, else `.ragate/<suite>`."""
-    return Path(settings.out) if settings.out else Path(settings.root) / ".ragate" / suite
+    return Path(settings.out) if settings.out else Path(settings.root) / ".ragate" / file_name(suite)
 
 
 def baseline_of_suite(settings: Settings, suite: str) -> Path:
@@ -353,7 +354,7 @@ def verdict_of(
     A metric that the baseline has and the run has not makes it INVALID: a change to `metrics` in the settings must
     not narrow the gate unseen.
     """
-    return decide(
+    gate = decide(
         baseline,
         run,
         threshold=settings.threshold,
@@ -363,8 +364,15 @@ def verdict_of(
         metrics=metrics,
         rules=settings.gate,
         release=release,
+        release_path=_shown(settings.release),
         judge_accuracy=known_accuracy(settings, run),
     )
+    return gate.model_copy(update={"run_digest": run_digest(run)})
+
+
+def _shown(path: str | None) -> str:
+    """A path as a person in the current folder would write it."""
+    return "RELEASE" if path is None else os.path.relpath(path)
 
 
 def verdict_by(settings: Settings) -> Callable[[Baseline, Run], GateResult]:

@@ -13,6 +13,7 @@ import torch
 
 from bench import engine as engine_bench
 from bench import invariance, kernel_times, limits, peer, performance_page, plots, repeat_eval, soak, workload
+from bench import tune as tune_bench
 from bench.random_model import LLAMA_8B, QWEN_1_5B, SMOL_135M, TINY, random_checkpoint, write_safetensors
 from bench.roofline import Ceilings, Shape, Work
 from ragate_engine import Engine, EngineConfig, SamplingParams
@@ -156,6 +157,19 @@ def test_a_soak_reports_memory_that_grows(monkeypatch: pytest.MonkeyPatch) -> No
         run = soak.Soak(engine, soak.kinds(TINY), 80, "cpu")
         run.run()
     assert "process drifted by +120 MiB" in run.problems()
+
+
+@pytest.mark.parametrize("base", ["dense", "packed"])
+def test_training_is_timed_without_its_first_steps(base: str, tmp_path: Path) -> None:
+    out = tmp_path / "tune.json"
+    tune_bench.main(["tiny", "--device", "cpu", "--small", "--base", base, "--out", str(out)])
+    found = json.loads(out.read_text())
+    last = found["log"][-2:]
+    seconds = sum(row["seconds"] for row in last)
+    assert len(found["log"]) == 5
+    assert found["tokens_per_second"] == pytest.approx(sum(row["tokens"] for row in last) / seconds)
+    assert found["minutes_for_40000"] == pytest.approx(40_000 / 16 * seconds / 60)
+    assert found["computed_share"] < 0.9
 
 
 def test_limits_are_measured_on_a_cpu_too(tmp_path: Path) -> None:

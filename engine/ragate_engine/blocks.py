@@ -13,16 +13,17 @@ ROOT = b""
 """Parent hash of a sequence's first block."""
 
 
-def extend_hashes(hashes: list[bytes], tokens: Sequence[int]) -> None:
+def extend_hashes(hashes: list[bytes], tokens: Sequence[int], root: bytes = ROOT) -> None:
     """Append to `hashes` the chain hash of every full block of `tokens` that it lacks.
 
-    A chain hash (16 bytes of blake2b) names the tokens of a block and everything before them.
+    A chain hash (16 bytes of blake2b) names the tokens of a block, everything before them, and `root`: sequences whose
+    K and V differ for the same tokens, as under another adapter, have another.
     """
     first, end = len(hashes), len(tokens) // BLOCK_SIZE
     if first >= end:
         return
     content = array("i", tokens[first * BLOCK_SIZE : end * BLOCK_SIZE]).tobytes()
-    parent = hashes[-1] if hashes else ROOT
+    parent = hashes[-1] if hashes else root
     size = BLOCK_SIZE * 4
     for at in range(0, len(content), size):
         parent = blake2b(parent + content[at : at + size], digest_size=16).digest()

@@ -71,24 +71,28 @@ def need_of(
     parts: int,
     held: int | None = None,
     packed: int | None = None,
+    adapter_values: int = 0,
 ) -> Need:
     """What serving `model` with `config` takes of a card.
 
     `item_bytes` is of a weight, each of which is held once and dense, unless all together are `held` in so many bytes
     (`footprint.weight_bytes`); `packed`, `block` as in `Need`; `parts` is how many partial results of attention there
-    is room for.
+    is room for; adapters beside the weights are `adapter_values` numbers (`lora.held_values`).
     """
     rows = config.max_step_tokens or CARD_STEP_TOKENS
     batch = config.max_batch or CARD_BATCH
+    beside = adapter_values * item_bytes
     q, kv = model.num_heads * model.head_dim, 2 * model.num_kv_heads * model.head_dim
     # everything alive at once: hidden state, update, norm, projection; q, k, v and what is attended; gate, up, product
     activations = rows * item_bytes * (4 * model.hidden_size + 2 * q + kv + 3 * model.intermediate_size)
+    if adapter_values:  # gate and up before their activation, and what is added to them, in float32
+        activations += rows * 4 * 4 * model.intermediate_size
     partials = 4 * parts * model.num_heads * (model.head_dim + 2)
     logits = 2 * 4 * batch * model.vocab_size  # and as much again to choose from them
     window = min(config.max_len or MAX_LEN, model.max_len)
     tables = 4 * batch * -(-min(window, TABLE_TOKENS) // BLOCK_SIZE)
     return Need(
-        weights=parameters * item_bytes if held is None else held,
+        weights=(parameters * item_bytes if held is None else held) + beside,
         parameters=parameters,
         workspace=activations + partials + logits + tables,
         graphs=activations + GRAPHS if config.cuda_graphs else 0,
@@ -98,7 +102,7 @@ def need_of(
         max_batch=batch,
         kv=config.kv_bytes,
         table=2 * model.vocab_size * model.hidden_size,
-        packed=packed,
+        packed=None if packed is None else packed + beside,
     )
 
 

@@ -45,10 +45,10 @@ from ragate_engine.kernels.triton.plan import (
 from ragate_engine.kv import KVCache
 from ragate_engine.model import Decoder
 from ragate_engine.request import MAX_LOGPROBS, Row, StepPlan
-from ragate_engine.steps import Chosen, Flight, Ints, step_rows
+from ragate_engine.steps import Chosen, Flight, Ints, adapters_of, step_rows
 
 FIELDS = 5
-"""ids, positions, slots, row_table, part_of."""
+"""ids, positions, slots, row_table, part_of; and adapter, where any row has one."""
 BUCKETS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 ONLY_SMALL = 1024
 """Rows up to which it pays not to launch attention kernels that have nothing to do."""
@@ -106,6 +106,8 @@ class Shape(NamedTuple):
     """Attention has small items only, and no partial results to merge."""
     top: int
     """Alternatives of the choice that is made in the same graph; -1 where the choice comes later."""
+    adapted: bool
+    """Some rows have an adapter."""
 
 
 class CardSteps:
@@ -137,7 +139,7 @@ class CardSteps:
         self._filled = [0] * max_batch
         self._owners: list[tuple[int, int]] = [(-1, -1)] * max_batch
         largest = self.buckets[-1]
-        words = HEADER + FIELDS * largest + self.most_wanted * (1 + ROW_WORDS)
+        words = HEADER + (FIELDS + bool(decoder.adapters)) * largest + self.most_wanted * (1 + ROW_WORDS)
         # an item writes the result of a row or more, or a partial or more
         words += ITEM * (largest + MAX_PARTS) + max_batch * self.table_width + 3
         self._plan = torch.empty(words, dtype=torch.int32, device=card)
@@ -212,7 +214,12 @@ class CardSteps:
         buffer[ROWS], buffer[WANTED] = M, W
         places = tables[owner, position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
         at = HEADER
-        for field, padding in ((tokens, 0), (position, 0), (places, -1), (owner, 0), (attention.part_of, -1)):
+        fields: list[tuple[Sequence[int] | npt.NDArray[np.integer], int]]
+        fields = [(tokens, 0), (position, 0), (places, -1), (owner, 0), (attention.part_of, -1)]
+        adapters = adapters_of(rows, owner) if self.decoder.adapters else None
+        if adapters is not None:
+            fields.append((adapters, -1))
+        for field, padding in fields:
             buffer[at : at + M] = field
             if bucket > M:
                 buffer[at + M : at + bucket] = padding
@@ -230,7 +237,7 @@ class CardSteps:
         top = padded_count(count) if plain and W else -1
         # two kinds of attention are enough: each kind of step is captured once, which takes a tenth of a second
         only_small = len(attention.big) == 0 and attention.parts == 0 and bucket <= ONLY_SMALL
-        key = Shape(bucket, only_small, top)
+        key = Shape(bucket, only_small, top, adapters is not None)
         with self._graph(key) as fresh:
             if fresh:
                 self._forward(key)
@@ -248,9 +255,10 @@ class CardSteps:
     def _forward(self, key: Shape) -> None:
         """Launch the kernels of a pass over the plan buffer."""
         bucket = key.bucket
-        fields = self._plan[HEADER : HEADER + FIELDS * bucket].view(FIELDS, bucket)
+        count = FIELDS + key.adapted
+        fields = self._plan[HEADER : HEADER + count * bucket].view(count, bucket)
         most = min(bucket, self.most_wanted)
-        at = HEADER + FIELDS * bucket
+        at = HEADER + count * bucket
         wanted = self._plan[at : at + most]
         asked = self._plan[at + most : at + most * (1 + ROW_WORDS)].view(most, ROW_WORDS)
         step = StepInputs(
@@ -263,6 +271,7 @@ class CardSteps:
             rows=self._plan[ROWS : ROWS + 1],
             wanted_rows=self._plan[WANTED : WANTED + 1],
             sampled=self.sampled,
+            adapters=fields[FIELDS] if key.adapted else None,
         )
         self.decoder.forward(fields[0], step, self.kv, out=self._logits[:most])
         if key.top >= 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from ragate_engine.errors import ConfigError
@@ -123,7 +124,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How to run a model. Only device, dtype, kv_dtype, weights and kernels may change an output bit."""
+    """How to run a model. Only device, dtype, kv_dtype, weights, kernels and adapters may change an output bit."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -143,6 +144,10 @@ class EngineConfig:
     """On a card: `packed` keeps the codes of quantized weights, which takes a quarter of the memory at 4 bits, and
     multiplies with them rounded to bfloat16 once; `dense` unpacks them at the start; `int8` rounds weights and
     activations, each row by its own scale, and multiplies whole numbers. `auto` is `dense`."""
+    merge_adapter: Path | None = None
+    """Folder of a LoRA adapter (PEFT) that is added to the weights as they are loaded."""
+    adapters: tuple[Path, ...] = ()
+    """Folders of LoRA adapters that stay beside the weights: a request names the one it wants, by its folder's name."""
     prefix_cache: bool = True
     cuda_graphs: bool = True
     """Replay the launches of a step as one graph (on a card)."""
@@ -157,6 +162,13 @@ class EngineConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if isinstance(self.adapters, str | Path):
+            raise ConfigError(f"adapters must be a list of folders, got {str(self.adapters)!r}")
+        if self.merge_adapter is not None and self.weights == "packed":
+            raise ConfigError(
+                "an adapter cannot be merged into packed weights: use weights dense or int8, or serve it beside them "
+                "with adapters"
+            )
         if self.max_batch is not None and self.max_batch < 1:
             raise ConfigError(f"max_batch must be at least 1, got {self.max_batch}")
         if self.max_step_tokens is not None and self.max_step_tokens < BLOCK_SIZE:

@@ -21,7 +21,7 @@ import torch
 from ragate_engine.blocks import BlockPool, extend_hashes
 from ragate_engine.config import BLOCK_SIZE, EngineConfig
 from ragate_engine.devices import failure, is_lost, keep_for_ever, pick_device, wake
-from ragate_engine.errors import EngineClosedError, EngineError, GrammarError, PromptTooLongError
+from ragate_engine.errors import ConfigError, EngineClosedError, EngineError, GrammarError, PromptTooLongError
 from ragate_engine.request import Completion, Request, SamplingParams, Status, TokenInfo, Usage
 from ragate_engine.runner import Runner
 from ragate_engine.scheduler import Scheduler
@@ -122,10 +122,13 @@ class Engine:
         """
         return self.tokenizer.encode_chat(messages)
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Future[Completion]:
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams | None = None, adapter: str | None = None
+    ) -> Future[Completion]:
         """Queue a prompt of token ids; the future gives its Completion. Cancelling the future aborts the request.
 
-        Raises PromptTooLongError, GrammarError (bad schema) or EngineClosedError at once.
+        `adapter` is the name of one of `EngineConfig.adapters`: its folder's; `None` is the base alone. Raises
+        PromptTooLongError, GrammarError (bad schema), ConfigError (no such adapter) or EngineClosedError at once.
         """
         params = params or SamplingParams()
         if not prompt:
@@ -136,11 +139,14 @@ class Engine:
         future: Future[Completion] = Future()
         future.add_done_callback(self._notice_cancel)
         request = Request(next(self._ids), list(prompt), len(prompt), params, future)
+        if adapter is not None:
+            request.adapter = self._slot_of(adapter)
+            request.root = bytes.fromhex(self._runner.adapters[request.adapter].digest)
         if params.schema is not None:
             request.grammar = self._grammars.start(params.schema)
         if self.config.prefix_cache:
             # in the caller's thread: the engine's has enough to do
-            extend_hashes(request.hashes, request.tokens)
+            extend_hashes(request.hashes, request.tokens, request.root)
         with self._wake:
             if self._failure is not None:
                 raise self._failure
@@ -149,6 +155,14 @@ class Engine:
             self._inbox.append(request)
             self._wake.notify()
         return future
+
+    def _slot_of(self, adapter: str) -> int:
+        """The place of the adapter called so. Raises ConfigError, which names those there are."""
+        there = [each.name for each in self._runner.adapters]
+        if adapter not in there:
+            known = f"there are {', '.join(there)}" if there else "this engine was started without any"
+            raise ConfigError(f"no adapter is called {adapter!r}: {known}")
+        return there.index(adapter)
 
     def _notice_cancel(self, future: Future[Completion]) -> None:
         if future.cancelled():
@@ -159,12 +173,15 @@ class Engine:
         with self._wake:
             return Usage(**{**vars(self._usage), "seconds": dict(self._usage.seconds)})
 
-    def describe(self) -> dict[str, str]:
-        """What decides the output bits, field by field, for a fingerprint."""
+    def describe(self, adapter: str | None = None) -> dict[str, str]:
+        """What decides the output bits of requests with `adapter`, field by field, for a fingerprint.
+
+        Raises ConfigError where no adapter is called so.
+        """
         kv = "" if self.config.kv_dtype == "auto" else f", KV {self.config.kv_dtype}"
         kept = {weights.operation for weights in self._runner.decoder.kept()}
         products = "".join(f", {name} products" for name in sorted(kept))
-        return {
+        found = {
             "engine": VERSION,
             "backend": self._runner.backend,
             "dtype": str(self._runner.dtype).removeprefix("torch.") + products + kv,
@@ -173,6 +190,14 @@ class Engine:
             "quantization": self._checkpoint.quantization,
             "tokenizer": self._checkpoint.tokenizer.identity if self._checkpoint.tokenizer else "none",
         }
+        runner = self._runner
+        if runner.merged is not None:
+            found["merged_adapter"] = runner.merged.digest
+        if adapter is not None:
+            found["adapter"] = runner.adapters[self._slot_of(adapter)].digest
+        elif runner.adapters:  # beside adapters the base's own gate and up are another product
+            found["adapter"] = "none"
+        return found
 
     def check(self) -> None:
         """Assert the invariants of pool and scheduler; call it when idle."""

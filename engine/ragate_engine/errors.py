@@ -31,3 +31,7 @@ class DeviceError(EngineError):
 
 class EngineClosedError(EngineError):
     """A request was submitted to a closed engine, or was pending when it closed."""
+
+
+class TrainingError(EngineError):
+    """Training cannot go on: its loss or its gradient is no longer a number."""

@@ -1,15 +1,18 @@
-"""The parts of a decoder that hold weights: linear, embedding, rope tables; each a thin skin over the kernels."""
+"""The parts of a decoder that hold weights: linear, adapters, embedding, rope tables; each a skin over the kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from ragate_engine.config import RopeConfig
+from ragate_engine.config import ModelConfig, RopeConfig
+from ragate_engine.errors import ConfigError
 from ragate_engine.kernels import StepInputs
+from ragate_engine.lora import Adapter, stacked
 from ragate_engine.quant.tensor import QuantTensor
 from ragate_engine.rope import frequencies
 
@@ -61,6 +64,49 @@ def kept(
     return None if found is None else Kept(operation, found, weights[0].shape[1], activation)
 
 
+class LowRank:
+    """What adapters add to a product: x A^T, of which a row keeps the columns of its own adapter, times B^T.
+
+    All adapters are stacked, so that there are two products however many they are. What is not a row's own is exactly
+    zero and fills whole steps of the tensor cores: it adds nothing to the sums, whose bits are then those that the
+    row's adapter gives alone.
+    """
+
+    def __init__(self, a: torch.Tensor, b: torch.Tensor, kernels: ModuleType) -> None:
+        self.a, self.b = kernels.pack_linear(a), kernels.pack_linear(b)
+        self.kernels = kernels
+
+    @classmethod
+    def of(
+        cls,
+        adapters: Sequence[Adapter],
+        model: ModelConfig,
+        weights: Sequence[str],
+        kernels: ModuleType,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> LowRank | None:
+        """For the product of `weights` (canonical names); `None` where no adapter changes any of them.
+
+        Raises ConfigError for numbers that `dtype` cannot hold.
+        """
+        found = stacked(adapters, model, weights)
+        if found is None:
+            return None
+        a, b = (half.to(device=device, dtype=dtype) for half in found)
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            kind = str(dtype).removeprefix("torch.")
+            raise ConfigError(f"an adapter's numbers for {weights[0]} are too large for {kind}: use float32")
+        return cls(a, b, kernels)
+
+    def __call__(self, x: torch.Tensor, rows: torch.Tensor | None, own: torch.Tensor) -> torch.Tensor:
+        """x [M, in] -> float32 [M, out]; own [M, columns] is 1 where a column is of the row's adapter, else 0."""
+        u = self.kernels.linear(x, self.a, None, True, rows).view(len(x), -1, own.shape[1])
+        kept = torch.mul(u, own[:, None], out=torch.empty_like(u, dtype=x.dtype))
+        y: torch.Tensor = self.kernels.linear(kept.flatten(1), self.b, None, True, rows)
+        return y
+
+
 class Linear:
     """One or more weights [out_i, in] stacked into one product: q, k and v are read once."""
 
@@ -72,7 +118,9 @@ class Linear:
         dtype: torch.dtype,
         device: torch.device,
         keep: Keep = "dense",
+        low_rank: LowRank | None = None,
     ) -> None:
+        self.low_rank = low_rank
         self.kept = kept(weights, kernels, device, keep)
         if self.kept is None:
             stacked = (
@@ -90,15 +138,22 @@ class Linear:
         rows: torch.Tensor | None,
         wide: bool = False,
         out: torch.Tensor | None = None,
+        own: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[M, in] -> [M, sum of out] (in `out` if given), in float32 when `wide`; `rows` as in `StepInputs`."""
+        """[M, in] -> [M, sum of out] (in `out` if given), in float32 when `wide`; `rows` as in `StepInputs`.
+
+        Adapters add to it where `own` says whose rows are theirs, as in `LowRank`.
+        """
+        y: torch.Tensor
         if self.kept is not None:
             multiply = getattr(self.kernels, self.kept.operation)
-            y: torch.Tensor = multiply(x, self.kept.weights, self.bias, None, rows, wide, out)
-            return y
-        if out is not None:
-            return self.kernels.linear(x, self.packed, self.bias, wide, rows, out)  # type: ignore[no-any-return]
-        y = self.kernels.linear(x, self.packed, self.bias, wide, rows)
+            y = multiply(x, self.kept.weights, self.bias, None, rows, wide, out)
+        elif out is not None:
+            y = self.kernels.linear(x, self.packed, self.bias, wide, rows, out)
+        else:
+            y = self.kernels.linear(x, self.packed, self.bias, wide, rows)
+        if own is not None and self.low_rank is not None:
+            y += self.low_rank(x, rows, own)
         return y
 
     def weight(self) -> torch.Tensor:
@@ -110,7 +165,10 @@ class Linear:
 
 
 class Gated:
-    """The gate and up weights [out, in] of an MLP as one product that ends in act(gate) * up."""
+    """The gate and up weights [out, in] of an MLP as one product that ends in act(gate) * up.
+
+    With adapters the product ends before the activation, in float32 where there is such a product.
+    """
 
     def __init__(
         self,
@@ -121,15 +179,27 @@ class Gated:
         dtype: torch.dtype,
         device: torch.device,
         keep: Keep = "dense",
+        low_rank: LowRank | None = None,
     ) -> None:
+        self.activation = activation
+        self.kernels = kernels
+        self.apart: Linear | None = None
+        if low_rank is not None:
+            self.apart = Linear([gate, up], [], kernels, dtype, device, keep, low_rank)
+            self.kept = self.apart.kept
+            return
         self.kept = kept([gate, up], kernels, device, keep, activation)
         if self.kept is None:
             self.packed = kernels.pack_gated(dense(gate, dtype, device), dense(up, dtype, device))
-        self.activation = activation
-        self.kernels = kernels
 
-    def __call__(self, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-        """[M, in] -> [M, out]."""
+    def __call__(
+        self, x: torch.Tensor, rows: torch.Tensor | None, own: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[M, in] -> [M, out]; `own` as in `Linear`."""
+        if self.apart is not None:
+            wide = self.kept is None or self.kept.operation != "int8"
+            both = self.apart(x, rows, wide, own=own)
+            return self.kernels.act_mul(both, self.activation, x.dtype, rows)  # type: ignore[no-any-return]
         if self.kept is not None:
             multiply = getattr(self.kernels, self.kept.operation)
             y: torch.Tensor = multiply(x, self.kept.weights, None, self.activation, rows)

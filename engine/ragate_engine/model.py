@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -10,7 +10,8 @@ import torch
 from ragate_engine.config import ModelConfig
 from ragate_engine.kernels import HeadShape, LayerKV, StepInputs
 from ragate_engine.kv import KVCache
-from ragate_engine.layers import Embedding, Gated, Keep, Kept, Linear, Weight, dense, rope_tables
+from ragate_engine.layers import Embedding, Gated, Keep, Kept, Linear, LowRank, Weight, dense, rope_tables
+from ragate_engine.lora import Adapter, slot_of_columns
 from ragate_engine.quant.tensor import QuantTensor
 
 Load = Callable[[str], Weight]
@@ -30,6 +31,7 @@ class Layer:
         dtype: torch.dtype,
         device: torch.device,
         keep: Keep,
+        adapters: Sequence[Adapter],
     ) -> None:
         def weight(name: str) -> Weight:
             return load(f"layers.{index}.{name}")
@@ -39,13 +41,19 @@ class Layer:
 
         def linear(*names: str, bias: bool = False) -> Linear:
             biases = [vector(f"{name}_bias") for name in names] if bias else []
-            return Linear([weight(name) for name in names], biases, kernels, dtype, device, keep)
+            weights = [weight(name) for name in names]
+            return Linear(weights, biases, kernels, dtype, device, keep, low_rank(*names))
+
+        def low_rank(*leaves: str) -> LowRank | None:
+            names = [f"layers.{index}.{leaf}" for leaf in leaves]
+            return LowRank.of(adapters, config, names, kernels, dtype, device)
 
         self.kernels = kernels
         self.config = config
         self.qkv = linear("q", "k", "v", bias=config.qkv_bias)
         self.o = linear("o")
-        self.gated = Gated(weight("gate"), weight("up"), config.activation, kernels, dtype, device, keep)
+        gate, up, beside = weight("gate"), weight("up"), low_rank("gate", "up")
+        self.gated = Gated(gate, up, config.activation, kernels, dtype, device, keep, beside)
         self.down = linear("down")
         self.attn_norm, self.mlp_norm = vector("attn_norm"), vector("mlp_norm")
         self.q_norm = vector("q_norm") if config.qk_norm else None
@@ -63,18 +71,23 @@ class Layer:
         delta: torch.Tensor | None,
         step: StepInputs,
         kv: LayerKV,
+        own: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """h [M, hidden] is updated in place (it takes in `delta`); returns what the next norm must add to it."""
+        """h [M, hidden] is updated in place (it takes in `delta`); returns what the next norm must add to it.
+
+        `own` [M, columns]: whose adapter is whose, as in `LowRank`.
+        """
         ops, eps, rows = self.kernels, self.config.norm_eps, step.rows
-        qkv = self.qkv(ops.rms_norm(h, delta, self.attn_norm, eps, rows), rows)
+        qkv = self.qkv(ops.rms_norm(h, delta, self.attn_norm, eps, rows), rows, own=own)
         ops.rope_write_kv(qkv, self.q_norm, self.k_norm, eps, self.cos, self.sin, step, kv, self.shape)
         attended = ops.attention(
             qkv, kv, step, self.shape, self.scale, self.window, self.config.attn_soft_cap
         )
-        out = self.o(attended, rows)
+        out = self.o(attended, rows, own=own)
         if self.attn_post_norm is not None:
             out = ops.rms_norm(out, None, self.attn_post_norm, eps, rows)
-        out = self.down(self.gated(ops.rms_norm(h, out, self.mlp_norm, eps, rows), rows), rows)
+        out = self.gated(ops.rms_norm(h, out, self.mlp_norm, eps, rows), rows, own)
+        out = self.down(out, rows, own=own)
         if self.mlp_post_norm is not None:
             out = ops.rms_norm(out, None, self.mlp_post_norm, eps, rows)
         return out
@@ -109,8 +122,12 @@ class Decoder:
         max_len: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
         keep: Keep = "dense",
+        adapters: Sequence[Adapter] = (),
     ) -> None:
-        """`keep`: how weights stay where the kernels have a product for them; the head is never in int8."""
+        """`keep`: how weights stay where the kernels have a product for them; the head is never in int8.
+
+        `adapters` stay beside the weights; a row names its own by its place among them (`StepInputs.adapters`).
+        """
         self.config = config
         self.kernels = kernels
         ropes = {config.rope_of(i) for i in range(config.num_layers)}
@@ -127,10 +144,12 @@ class Decoder:
         del table, head
         self.final_norm = dense(load("final_norm"), dtype, device).contiguous()
         progress(1, config.num_layers + 1)
+        self.adapters = tuple(adapters)
+        self._slot_of_columns = torch.tensor(slot_of_columns(adapters), dtype=torch.int32, device=device)
         self.layers: list[Layer] = []
         for i in range(config.num_layers):
             self.layers.append(
-                Layer(i, config, load, tables[config.rope_of(i)], kernels, dtype, device, keep)
+                Layer(i, config, load, tables[config.rope_of(i)], kernels, dtype, device, keep, self.adapters)
             )
             progress(i + 2, config.num_layers + 1)
 
@@ -148,9 +167,12 @@ class Decoder:
     ) -> torch.Tensor:
         """ids [M] -> float32 logits [W, vocab] of the rows `step.wanted`, in `out` where that is given."""
         h = self.embedding(ids, step)
+        own: torch.Tensor | None = None
+        if step.adapters is not None:
+            own = (step.adapters[:, None] == self._slot_of_columns).float()
         delta: torch.Tensor | None = None
         for layer, cache in zip(self.layers, kv.layers, strict=True):
-            delta = layer(h, delta, step, cache)
+            delta = layer(h, delta, step, cache, own)
         assert delta is not None
         if not len(step.wanted):  # a chunk in the middle of a prompt
             return torch.empty(0, self.config.vocab_size, device=h.device)

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from ragate_engine.blocks import ROOT
 from ragate_engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -102,6 +103,10 @@ class Request:
     params: SamplingParams
     future: Future[Completion]
     status: Status = Status.WAITING
+    adapter: int = -1
+    """The place of its adapter among the engine's; -1 is the base alone."""
+    root: bytes = ROOT
+    """Where its chain of block hashes begins: another one for each adapter."""
     computed: int = 0
     """Tokens whose KV is in blocks, or will be by the steps that were launched."""
     pending: int = 0

@@ -17,7 +17,8 @@ from ragate_engine.footprint import weight_bytes
 from ragate_engine.kernels import choose, reference
 from ragate_engine.kernels.fallback import checked
 from ragate_engine.kv import KVCache, block_bytes
-from ragate_engine.layers import Keep
+from ragate_engine.layers import Keep, Weight
+from ragate_engine.lora import Adapter, held_values, merging, product_shapes, read_adapter, read_adapters
 from ragate_engine.model import Decoder
 from ragate_engine.steps import HostSteps, Steps
 from ragate_engine.trial import run_steps, try_kept
@@ -65,6 +66,11 @@ class Runner:
         self.keep: Keep = "dense"
         self._compiler: AheadCompiler | None = None
         model = checkpoint.config
+        self.adapters = read_adapters(config.adapters, model)
+        """Beside the weights, in the order of their slots."""
+        self.merged: Adapter | None = None
+        if config.merge_adapter is not None:
+            self.merged = read_adapter(config.merge_adapter, model)
         self.vocab_size = model.vocab_size
         self.window = model.max_len
         if on_card:
@@ -91,12 +97,34 @@ class Runner:
         if hasattr(self.kernels, "set_threads"):
             self.kernels.set_threads(config.threads or os.cpu_count() or 1)
         self.decoder = Decoder(
-            model, checkpoint.load, self.kernels, self.dtype, self.device, self.max_len, progress
+            model,
+            self._merging(checkpoint.load),
+            self.kernels,
+            self.dtype,
+            self.device,
+            self.max_len,
+            progress,
+            adapters=self.adapters,
         )
         # never more than max_batch sequences of the longest kind could use
         most = self.max_batch * -(-self.max_len // BLOCK_SIZE)
         self.kv = KVCache(model, min(memory // per_block, most), self.kernels, self.dtype, self.device)
         self.steps: Steps = HostSteps(self.decoder, self.kv, self.kernels, self.max_batch, self.device)
+
+    def _merging(self, load: Callable[[str], Weight]) -> Callable[[str], Weight]:
+        """`load`, with the adapter added that is to be merged."""
+        if self.merged is None:
+            return load
+        kernels = self.kernels
+
+        def multiply(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+            if b.device.type == "cuda":
+                return b @ a
+            # the backend's own product: its bits are the same on every CPU, those of a library's are not
+            product: torch.Tensor = kernels.linear(b, kernels.pack_linear(a.T.contiguous()), None)
+            return product
+
+        return merging(load, self.merged, multiply)
 
     def _load_on_card(
         self, checkpoint: Checkpoint, kv_dtype: torch.dtype, progress: Callable[[int, int], None]
@@ -126,6 +154,7 @@ class Runner:
                 buckets_of(self.max_step_tokens),
                 most_wanted_of(self.max_batch),
                 checkpoint.forms if self.keep == "packed" else None,
+                frozenset(product_shapes(self.adapters, model)),
             )
         self.decoder = self._decoder_on_card(checkpoint, progress)
         fell: Mapping[str, str] = {}
@@ -175,7 +204,8 @@ class Runner:
             block_bytes(model, kv_dtype),
             parts,
             None if self.keep == "dense" else weight_bytes(model, forms, self.keep).held,
-            weight_bytes(model, forms, "packed").held if can_pack else None,
+            weight_bytes(model, forms, "packed").held if can_pack and self.merged is None else None,
+            held_values(self.adapters, model),
         )
 
     def _need_without(
@@ -204,13 +234,14 @@ class Runner:
             with checkpoint.stream(self.device) as load:
                 return Decoder(
                     checkpoint.config,
-                    load,
+                    self._merging(load),
                     self.kernels,
                     self.dtype,
                     self.device,
                     self.max_len,
                     progress,
                     self.keep,
+                    self.adapters,
                 )
         except torch.OutOfMemoryError as e:
             raise OutOfMemoryError(
@@ -248,6 +279,7 @@ class Runner:
                 lambda decoder, kv, batch, rows, length: self._steps(
                     decoder, kv, batch, rows, length, ops, not fell
                 ),
+                adapters=self.adapters,
             )
 
         return trial

@@ -59,7 +59,7 @@ class Scheduler:
         for request in list(self.waiting):
             if budget == 0 or len(self.running) == self.max_batch:
                 break
-            extend_hashes(request.hashes, request.tokens)
+            extend_hashes(request.hashes, request.tokens, request.root)
             if self._first_missing(request) in pending:
                 continue  # a running request is about to compute this block: in a moment it is in the cache
             if not self._admit(request):
@@ -91,7 +91,7 @@ class Scheduler:
         full = min(request.computed, len(request.tokens)) // BLOCK_SIZE
         if request.committed >= full or request.status is not Status.RUNNING:
             return
-        extend_hashes(request.hashes, request.tokens)
+        extend_hashes(request.hashes, request.tokens, request.root)
         for i in range(request.committed, full):
             self.pool.commit(request.blocks[i], request.hashes[i])
         request.committed = full
@@ -135,7 +135,7 @@ class Scheduler:
         """Hashes of the full blocks that a running request has yet to compute."""
         if not self.pool.prefix_cache or request.missing < 2:
             return []
-        extend_hashes(request.hashes, request.tokens)
+        extend_hashes(request.hashes, request.tokens, request.root)
         return request.hashes[request.computed // BLOCK_SIZE :]
 
     def _first_missing(self, request: Request) -> bytes | None:

@@ -96,6 +96,12 @@ def step_rows(
     return np.array(ids, np.int64), position, owner, ends - 1
 
 
+def adapters_of(rows: Sequence[Row], owner: Ints) -> Ints | None:
+    """The adapter of each row of the pass [M], where `owner` [M] says whose it is; `None` where there are none."""
+    found = np.array([row.request.adapter for row in rows], np.int32)
+    return found[owner] if (found >= 0).any() else None
+
+
 class HostSteps:
     """Forward and choice run at once, in the caller's thread."""
 
@@ -130,6 +136,7 @@ class HostSteps:
         ids, position, owner, last = step_rows(rows, starts, counts)
         slots = tables[owner, position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
         wanting = [i for i, row in enumerate(rows) if row.wants_logits]
+        adapters = adapters_of(rows, owner)
         step = StepInputs(
             positions=self._put(position),
             slots=self._put(slots),
@@ -138,6 +145,7 @@ class HostSteps:
             work=self.kernels.plan_attention(starts, counts, tables),
             wanted=self._put(last[wanting].astype(np.int64)),
             sampled=self.sampled,
+            adapters=None if adapters is None else self._put(adapters),
         )
         flight = Flight([rows[i] for i in wanting], [])
         self._logits[flight] = self.decoder.forward(self._put(ids), step, self.kv)

@@ -17,6 +17,7 @@ from ragate_engine.config import BLOCK_SIZE, ModelConfig
 from ragate_engine.devices import ALONE
 from ragate_engine.kv import KVCache
 from ragate_engine.layers import Kept
+from ragate_engine.lora import Adapter
 from ragate_engine.model import Decoder
 from ragate_engine.request import Completion, Request, Row, SamplingParams, Status, StepPlan
 from ragate_engine.steps import Steps
@@ -71,11 +72,12 @@ def run_steps(
     device: torch.device,
     steps_of: Callable[[Decoder, KVCache, int, int, int], Steps],
     rows: Sequence[int] = ROWS,
+    adapters: Sequence[Adapter] = (),
 ) -> None:
     """Run a step for each of `rows`, as one sequence that grows, and choose a token after each.
 
-    `steps_of(decoder, kv, max_batch, max_step_tokens, max_len)` makes what runs steps. Raises whatever the
-    operations raise.
+    `steps_of(decoder, kv, max_batch, max_step_tokens, max_len)` makes what runs steps; with `adapters`, which are of
+    `model`, the steps are the first one's. Raises whatever the operations raise.
     """
     small = small_model(model)
     length = sum(rows) + 1
@@ -85,12 +87,13 @@ def run_steps(
     def load(name: str) -> torch.Tensor:
         return torch.full(shapes[name], 1e-2, dtype=dtype, device=device)
 
-    decoder = Decoder(small, load, ops, dtype, device, blocks * BLOCK_SIZE)
+    decoder = Decoder(small, load, ops, dtype, device, blocks * BLOCK_SIZE, adapters=adapters)
     kv = KVCache(small, blocks, ops, dtype, device)
     steps = steps_of(decoder, kv, 1, max(max(rows), BLOCK_SIZE), blocks * BLOCK_SIZE)
     future: Future[Completion] = Future()
     params = SamplingParams(max_tokens=len(rows), logprobs=1)
     request = Request(0, [1] * rows[0], rows[0], params, future, Status.RUNNING, slot=0)
+    request.adapter = 0 if adapters else -1
     request.blocks = list(range(blocks))
     with torch.inference_mode(), steps.entered():
         for i, count in enumerate(rows):

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
     from ragate.run import Run
 
-BASELINE_VERSION: Literal[2] = 2
-"""Version 1 knew neither reserve nor critical items nor reasons; it is still read."""
+BASELINE_VERSION: Literal[3] = 3
+"""Version 2 knew no clusters, version 1 neither reserve nor critical items nor reasons; both are still read."""
 STALE_DAYS = 90
 """A baseline older than this is called old where its age is shown."""
 
+LONGEST_NAME = 200
+"""Bytes of a file's name, of which file systems take 255 with what is added to it."""
 SAME = 1e-9
 """Scores this close are the same score: ragas' context_precision reaches 0.9999999999 at best."""
 
@@ -37,7 +39,7 @@ Cell = Value | Literal["nan", "error", "timeout", "truncated"]
 class Baseline(Frozen):
     """Scores per item and metric, and what made them."""
 
-    version: Literal[1, 2] = BASELINE_VERSION
+    version: Literal[1, 2, 3] = BASELINE_VERSION
     suite: str
     testset_hash: str
     """sha256 over id, question and reference of the items that are not of the reserve."""
@@ -54,6 +56,9 @@ class Baseline(Frozen):
     """Items that were critical: a change that takes the mark off an item does not free it."""
     reserve: tuple[str, ...] = ()
     """Items of the reserve."""
+    clusters: dict[str, str] | None = None
+    """Item id -> cluster, of the items that have one: a change that relabels them does not change the verdict.
+    `None` where the baseline is older than version 3 and does not know."""
     fingerprint: dict[str, str]
     items: dict[str, dict[str, Cell]]
     """Item id -> metric -> score or state, in the order of the test set."""
@@ -118,6 +123,8 @@ class BaselineDiff(Frozen):
     """Items only the new baseline has."""
     removed: tuple[str, ...]
     """Items only the old baseline has."""
+    moved: tuple[str, ...] = ()
+    """Items of both that are in another cluster; none where a baseline does not know its clusters."""
 
 
 def mean(values: Iterable[float]) -> float | None:
@@ -151,6 +158,7 @@ def baseline_of(run: Run, *, commit: str | None, date: datetime, reason: str | N
             metrics=run.metrics,
             critical=tuple(item.id for item in run.items if item.critical),
             reserve=tuple(item.id for item in run.items if item.reserve),
+            clusters={item.id: item.cluster for item in run.items if item.cluster},
             fingerprint=run.fingerprint,
             items=items,
         )
@@ -159,10 +167,15 @@ def baseline_of(run: Run, *, commit: str | None, date: datetime, reason: str | N
         raise BaselineError(f"the run of {run.suite} cannot become a baseline: {where}: {what}") from None
 
 
+def file_name(suite: str) -> str:
+    """`suite` as the name of a file or folder that no name leads out of: odd characters become `-`, its end is cut."""
+    name = re.sub(r"[^\w.-]+", "-", suite).strip("-.").encode("utf-8", "ignore")
+    return name[:LONGEST_NAME].decode("utf-8", "ignore") or "suite"
+
+
 def baseline_path(folder: Path, suite: str) -> Path:
-    """Where the baseline of `suite` is kept: one file each, odd characters become `-`."""
-    name = re.sub(r"[^\w.-]+", "-", suite).strip("-.") or "suite"
-    return folder / f"{name}.json"
+    """Where the baseline of `suite` is kept: one file each."""
+    return folder / f"{file_name(suite)}.json"
 
 
 def git_commit(folder: Path) -> str | None:
@@ -199,7 +212,7 @@ def save_baseline(baseline: Baseline, path: Path) -> None:
     fields = baseline.model_dump(mode="json") | {"version": BASELINE_VERSION}
     lines = []
     for name, value in fields.items():
-        if name in ("fingerprint", "items") and value:
+        if name in ("clusters", "fingerprint", "items") and value:
             rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in value.items())
             lines.append(f' "{name}": {{\n{rows}\n }}')
         else:
@@ -255,7 +268,16 @@ def diff_baselines(old: Baseline, new: Baseline) -> BaselineDiff:
         testset_changed=old.testset_hash != new.testset_hash,
         added=tuple(item for item in new.items if item not in old.items),
         removed=tuple(item for item in old.items if item not in new.items),
+        moved=_moved(old, new),
     )
+
+
+def _moved(old: Baseline, new: Baseline) -> tuple[str, ...]:
+    """Items of both whose cluster differs."""
+    before, after = old.clusters, new.clusters
+    if before is None or after is None:
+        return ()
+    return tuple(item for item in new.items if item in old.items and before.get(item) != after.get(item))
 
 
 def changed_items(base: dict[str, float], head: dict[str, float]) -> tuple[ItemChange, ...]:

@@ -119,6 +119,11 @@ def sign_flip_p(values: Sequence[float], *, flips: int = FLIPS, seed: int = SEED
     return (1 + as_large) / (1 + flips)
 
 
+def fewest_changed(level: float) -> int:
+    """How many values other than 0 it takes at least for `sign_flip_p` below `level`: k of them give 2^-k or more."""
+    return math.floor(-math.log2(level)) + 1
+
+
 def holm(probabilities: Sequence[float]) -> list[float]:
     """The p values adjusted for being several (Holm, Scandinavian Journal of Statistics 6, 1979), in their order."""
     adjusted = [0.0] * len(probabilities)

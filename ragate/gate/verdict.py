@@ -7,6 +7,8 @@ its drop is below the limit; what is neither is INCONCLUSIVE. What cannot be com
 from __future__ import annotations
 
 import math
+import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
@@ -19,6 +21,7 @@ from ragate.gate.stats import (
     cluster_sums,
     clustered,
     detectable_drop,
+    fewest_changed,
     holm,
     items_needed,
     johnson_bounds,
@@ -28,7 +31,7 @@ from ragate.gate.stats import (
 from ragate.run import Frozen
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
     from ragate.gate.baseline import Baseline
     from ragate.run import Run
@@ -110,6 +113,10 @@ class MetricVerdict(Frozen):
     """Bounds of the drop, each with 95 % by itself (Johnson 1978)."""
     clusters: int | None = None
     """Source documents whose sums the bounds and p are of; `None` where the items count as independent."""
+    units_changed: int = 0
+    """Clusters whose sum changed, or items that changed where they count as independent: what p is made of."""
+    units_needed: int | None = None
+    """The fewest of them that can show a drop not to be chance, beside so many metrics."""
     p: float | None = None
     """Sign-flip p of a drop this large by chance, adjusted for the number of metrics (Holm)."""
     p_alone: float | None = None
@@ -159,8 +166,15 @@ class GateResult(Frozen):
     mode: Mode
     strategy: Strategy
     metrics: tuple[MetricVerdict, ...]
+    run_digest: str | None = None
+    """sha256 of the run file that this is the verdict on, where it is one on a stored run."""
     drift: GateResult | None = None
     """The same run against the pinned release baseline, where there is one; the run takes the worst of both."""
+
+    @property
+    def drift_warnings(self) -> tuple[str, ...]:
+        """What should be known of the comparison with the release, beyond the run's own warnings."""
+        return () if self.drift is None else tuple(w for w in self.drift.warnings if w not in self.warnings)
 
 
 def decide(
@@ -174,6 +188,7 @@ def decide(
     metrics: Sequence[str] | None = None,
     rules: Mapping[str, Rule] | None = None,
     release: Baseline | None = None,
+    release_path: str = "RELEASE",
     judge_accuracy: float | Mapping[str, float] | None = None,
 ) -> GateResult:
     """Hold `run` against `base`, and against the pinned `release` too where there is one.
@@ -181,6 +196,7 @@ def decide(
     `threshold` is the limit δ: a share of the baseline mean when `mode` is relative, else score points; `rules` has
     what differs for a metric. By the strategy `point` the mean drop alone decides. `metrics` narrows the comparison;
     by default it is over all metrics of both sides and all that have a floor, and one that a side lacks is INVALID.
+    `release_path` is what the commands named for the release call it.
     An INCONCLUSIVE run fails, warns, or (`auto`) fails where a mean fell by its limit or more.
     `judge_accuracy` is the judge's balanced accuracy on labelled data, where it is known: of all metrics, or by metric.
     Raises ConfigError when a setting makes no sense; whatever is wrong with the data is an INVALID verdict.
@@ -205,9 +221,16 @@ def decide(
     if release is None:
         return result
     watched = [metric for metric in release.metrics if metrics is None or metric in metrics]
-    if release.metrics and not watched:  # none of those that were asked for is as old as the release
+    unwatched = [metric for metric in metrics or () if metric not in release.metrics]
+    if unwatched:  # asked for by name: that its drift is not seen must not go unsaid
+        told = f"drift since the release is not watched for {', '.join(unwatched)}: its baseline has no such scores"
+        result = result.model_copy(update={"warnings": (*result.warnings, told)})
+    if release.metrics and not watched:
         return result
-    return _with_drift(result, _compare(release, run, tuple(watched), terms), release)
+    # a floor is of the run alone, and has been held above
+    bare = {metric: rule.model_copy(update={"min": None}) for metric, rule in terms.rules.items()}
+    drift = _compare(release, run, tuple(watched), terms._replace(rules=bare))
+    return _with_drift(result, drift, release, release_path)
 
 
 class _Terms(NamedTuple):
@@ -241,20 +264,16 @@ def _compare(base: Baseline, run: Run, wanted: Sequence[str], terms: _Terms) -> 
         reasons += own
         invalid.append(bool(shared or own))
         found.append(_measured(base, run, metric, terms))
-    tested = [v.p_alone for v in found if v.p_alone is not None]
-    adjusted = iter(holm(tested))
     verdicts = [
-        _decided(
-            v if v.p_alone is None else v.model_copy(update={"p": next(adjusted)}), terms, invalid=is_invalid
-        )
-        for v, is_invalid in zip(found, invalid, strict=True)
+        _decided(v, terms, invalid=is_invalid)
+        for v, is_invalid in zip(_adjusted(found), invalid, strict=True)
     ]
     verdict: Verdict = "INVALID" if reasons else _worst(verdicts)
     sentence = (
         _invalid_sentence([reason.text for reason in reasons]) if reasons else _sentence(verdict, verdicts)
     )
     warnings += [] if reasons else [warning for v in verdicts for warning in v.warnings]
-    way_outs = {"FAIL": ACCEPT, "INCONCLUSIVE": _more_items(verdicts)}
+    way_outs = {"FAIL": _accept_or_lower(verdicts, terms), "INCONCLUSIVE": _more_items(verdicts)}
     return GateResult(
         verdict=verdict,
         sentence=f"{verdict}: {sentence}",
@@ -269,27 +288,65 @@ def _compare(base: Baseline, run: Run, wanted: Sequence[str], terms: _Terms) -> 
     )
 
 
-def _with_drift(result: GateResult, drift: GateResult, release: Baseline) -> GateResult:
-    """`result`, made worse where the run has drifted too far from the pinned release."""
+def _adjusted(found: Sequence[MetricVerdict]) -> list[MetricVerdict]:
+    """`found` with each p adjusted for there being several (Holm), and what that takes at least."""
+    tested = [v.p_alone for v in found if v.p_alone is not None]
+    adjusted = iter(holm(tested))
+    return [
+        v
+        if v.p_alone is None
+        else v.model_copy(
+            update={
+                "p": next(adjusted),
+                # Holm multiplies a p by the number of those that are not smaller
+                "units_needed": fewest_changed(SIGNIFICANT / sum(p >= v.p_alone for p in tested)),
+            }
+        )
+        for v in found
+    ]
+
+
+def _with_drift(result: GateResult, drift: GateResult, release: Baseline, path: str) -> GateResult:
+    """`result`, made worse where the run has drifted too far from the pinned release, whose file is at `path`."""
     name = f"the release of {release.date:%Y-%m-%d}"
-    if SEVERITY.index(drift.verdict) <= SEVERITY.index(result.verdict):
-        exit_code = drift.exit_code if drift.verdict == result.verdict else 0
-        changes: dict[str, object] = {"exit_code": max(result.exit_code, exit_code)}
-        return result.model_copy(update=changes | {"drift": drift})
-    way_out = (
-        "drifted in small steps: find them with `ragate baseline diff`, or pin a newer release"
-        if drift.verdict == "FAIL"
-        else drift.way_out
+    alike = drift.verdict == result.verdict != "PASS"
+    way_out = drift.way_out
+    if drift.verdict == "FAIL":
+        way_out = (
+            "it fails until a newer one is pinned"
+            if alike
+            else "drifted in small steps: find them with `ragate baseline diff`, or pin a newer release"
+        )
+    drift = drift.model_copy(
+        update={
+            "way_out": way_out and _naming(path, way_out),
+            "warnings": tuple(_naming(path, warning) for warning in drift.warnings),
+        }
     )
+    if SEVERITY.index(drift.verdict) <= SEVERITY.index(result.verdict):
+        changes: dict[str, object] = {"drift": drift}
+        if alike:
+            changes["exit_code"] = max(result.exit_code, drift.exit_code)
+            if drift.way_out != result.way_out:
+                changes["way_out"] = f"{result.way_out}; as for the release, {drift.way_out}"
+        return result.model_copy(update=changes)
     return result.model_copy(
         update={
             "verdict": drift.verdict,
             "sentence": f"{drift.verdict}: against {name}, {drift.sentence.partition(': ')[2]}",
             "exit_code": drift.exit_code,
             "reasons": tuple(f"against {name}: {reason}" for reason in drift.reasons),
-            "way_out": way_out,
+            "way_out": drift.way_out,
             "drift": drift,
         }
+    )
+
+
+def _naming(path: str, text: str) -> str:
+    """`text` with its commands that read or write a baseline pointed at the one at `path`."""
+    option = f"--baseline {shlex.quote(path)}"
+    return re.sub(
+        r"`ragate (?:baseline \w+|eval --update-baseline)", lambda found: f"{found[0]} {option}", text
     )
 
 
@@ -480,19 +537,19 @@ def _measured(base: Baseline, run: Run, metric: str, terms: _Terms) -> MetricVer
     drops = [0.0 if abs(before[i] - after[i]) <= SAME else before[i] - after[i] for i in paired]
     fallen = [i for i, value in zip(paired, drops, strict=True) if value]
     drop = math.fsum([*(before[i] for i in fallen), *(-after[i] for i in fallen)]) / n  # rounded once
-    cluster_of = {item.id: item.cluster for item in run.items}
-    labels = [cluster_of.get(i) or (i,) for i in paired]  # an item without a cluster is one by itself
+    labels, told = _clusters_of(base, run, paired)
     clusters: int | None = len(set(labels))
     few = n > len(set(labels)) and len(set(labels)) < MIN_CLUSTERS
-    warnings: tuple[str, ...] = ()
+    warnings = [told] if told else []
     if few and fallen:
-        warnings = (
+        warnings.append(
             f"the items are of {_count(len(set(labels)), 'cluster')}, too few to tell how clusters differ (it takes "
-            f"{MIN_CLUSTERS}): they count as independent",
+            f"{MIN_CLUSTERS}): they count as independent"
         )
     if few or n == clusters:
         clusters, labels = None, [(i,) for i in paired]
     estimate = johnson_bounds(clustered(drops, labels) if clusters else drops)
+    sums = cluster_sums(drops, labels)
 
     critical = {item.id for item in run.items if item.critical} | set(base.critical)
     sides = {i: (_side(before[i]), _side(after[i])) for i in paired}
@@ -515,7 +572,8 @@ def _measured(base: Baseline, run: Run, metric: str, terms: _Terms) -> MetricVer
         lower=estimate.lower,
         upper=estimate.upper,
         clusters=clusters,
-        p_alone=sign_flip_p(cluster_sums(drops, labels)),
+        units_changed=sum(total != 0.0 for total in sums),
+        p_alone=sign_flip_p(sums),
         items_broken=broken,
         items_mended=mended,
         mcnemar_p=mcnemar_p(broken, mended),
@@ -525,9 +583,40 @@ def _measured(base: Baseline, run: Run, metric: str, terms: _Terms) -> MetricVer
         else detectable_drop(estimate.error, terms.judge_accuracy[metric]),
         items_needed=items_needed(estimate.error, n, limit) if limit > 0 else None,
         floor=floor,
-        warnings=warnings,
+        warnings=tuple(warnings),
         sentence="",
     )
+
+
+def _clusters_of(base: Baseline, run: Run, paired: Sequence[str]) -> tuple[list[Hashable], str | None]:
+    """The cluster of each paired item, and what to say where the run's are not the baseline's.
+
+    The baseline's count: in no hash, those of the run could be edited until a drop looks like that of one document.
+    An item without a cluster is one by itself.
+    """
+    now: dict[str, str | None] = {item.id: item.cluster for item in run.items}
+    mine: list[Hashable] = [now.get(item) or (item,) for item in paired]
+    if base.clusters is None:
+        told = (
+            "the baseline is of an older version and does not know which items belong together: the run's own "
+            "clusters count, which a change may edit; `ragate baseline set` makes one that knows"
+        )
+        return mine, told if any(isinstance(label, str) for label in mine) else None
+    labels: list[Hashable] = [base.clusters.get(item) or (item,) for item in paired]
+    if _grouping(mine) == _grouping(labels):  # other names do not matter
+        return labels, None
+    moved = sum(old != new for old, new in zip(labels, mine, strict=True))
+    told = (
+        f"{_count(moved, 'item')} changed cluster: those of the baseline count; if that is wanted, "
+        "`ragate baseline bless` takes the new ones"
+    )
+    return labels, told
+
+
+def _grouping(labels: Sequence[Hashable]) -> list[int]:
+    """For each label the place where it is first: equal where the same items are together."""
+    first: dict[Hashable, int] = {}
+    return [first.setdefault(label, place) for place, label in enumerate(labels)]
 
 
 def _side(score: float) -> str:
@@ -588,9 +677,22 @@ def _metric_sentence(v: MetricVerdict, strategy: Strategy, mode: Mode) -> str:
         more = f" and {len(v.broken) - 3} more" if len(v.broken) > 3 else ""
         which = "critical item" if len(v.broken) == 1 else "critical items"
         text = f"{which} {named}{more} broke on {v.metric}; {text}"
+    if _too_few_changed(v):
+        unit = "cluster" if v.clusters else "item"
+        text += (
+            f"; only {_count(v.units_changed, unit)} changed, too few to rule out chance: "
+            f"a FAIL takes {v.units_needed} or more"
+        )
     if v.mode_used != mode:
         text += f"; the baseline mean is below {MIN_RELATIVE_MEAN}, so the limit is absolute"
     return text
+
+
+def _too_few_changed(v: MetricVerdict) -> bool:
+    """Whether a mean fell by its limit, but in so few clusters or items that no p of them is below 0.05."""
+    if v.verdict != "INCONCLUSIVE" or v.drop is None or v.limit is None or v.units_needed is None:
+        return False
+    return _reaches(v.drop, v.limit) and v.units_changed < v.units_needed
 
 
 def _below(value: float, floor: float) -> str:
@@ -604,11 +706,32 @@ def chance(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
+def _accept_or_lower(verdicts: Sequence[MetricVerdict], terms: _Terms) -> str:
+    """How a FAIL is accepted where it is wanted: a floor holds whatever the baseline is."""
+    failed = [v for v in verdicts if v.verdict == "FAIL"]
+    floors = ", ".join(v.metric for v in failed if v.below_floor)
+    if not floors:
+        return ACCEPT
+    lower = f"lower `min` of {floors} in ragate.toml"
+    if all(v.below_floor and not _fails_by_itself(v, terms) for v in failed):
+        return f"no new baseline mends a mean below its floor: raise it, or {lower} if the change is wanted"
+    return f"{ACCEPT}; a mean below its floor it does not accept: for that, {lower}"
+
+
+def _fails_by_itself(v: MetricVerdict, terms: _Terms) -> bool:
+    """Whether it fails against the baseline, its floor aside."""
+    if v.drop is None or v.limit is None or v.upper is None or v.p is None:
+        return False
+    return bool(v.broken) or verdict_of_drop(v.drop, v.upper, v.p, v.limit, terms.strategy) == "FAIL"
+
+
 def _more_items(verdicts: Sequence[MetricVerdict]) -> str:
     """What makes an open verdict decidable."""
     needed = [v.items_needed for v in verdicts if v.verdict == "INCONCLUSIVE" and v.items_needed is not None]
     paired = max((v.paired for v in verdicts), default=0)
     enough = f"about {max(needed)} items" if needed and max(needed) > paired else "more items"
+    if any(v.clusters and _too_few_changed(v) for v in verdicts):
+        enough += " of more clusters"
     return (
         f"{enough} would tell: add some to the test set or its reserve, or let a person look at what changed"
     )

@@ -106,8 +106,8 @@ def _item(level: Level, row: ItemRow, run: Run, workspace: Path | None) -> str:
 def file_of(run: Run) -> str | None:
     """The test set's text file as the run names it, where it is one; of a folder its core.jsonl."""
     path = Path(run.testset)
-    file = path / "core.jsonl" if path.is_dir() else path
-    return file.as_posix() if file.is_file() else None
+    file = path / "core.jsonl" if os.path.isdir(path) else path
+    return file.as_posix() if os.path.isfile(file) else None
 
 
 def place_of(testset: str, item: ItemRecord, workspace: Path | None = None) -> tuple[str, int] | None:
@@ -119,11 +119,11 @@ def place_of(testset: str, item: ItemRecord, workspace: Path | None = None) -> t
     if item.line is None:
         return None
     path = Path(testset)
-    if path.is_dir():
+    if os.path.isdir(path):  # not path.is_dir(): what is no name of a file at all would raise
         # a reserve item may stand in either: in core.jsonl by its column
         names = ("reserve.jsonl", "core.jsonl") if item.reserve else ("core.jsonl",)
         path = next((path / name for name in names if _holds(path / name, item)), path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     relative = os.path.relpath(path.resolve(), (workspace or Path.cwd()).resolve())
     return None if relative.startswith("..") else (Path(relative).as_posix(), item.line)

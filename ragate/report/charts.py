@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from ragate.gate.baseline import SAME
@@ -63,11 +64,15 @@ def histogram(values: Iterable[float]) -> list[float]:
 
 
 def intervals(verdicts: Sequence[MetricVerdict]) -> dict[str, Interval]:
-    """Metric -> its interval, all on one axis so that they can be compared by eye."""
+    """Metric -> its interval, all on one axis so that they can be compared by eye.
+
+    One that is not known, or has no end (as the bounds of a single number), is left out: it has no place on an axis.
+    """
     drawn = [
         (v.metric, v.limit, v.drop, v.lower, v.upper)
         for v in verdicts
         if v.limit is not None and v.drop is not None and v.lower is not None and v.upper is not None
+        if all(map(math.isfinite, (v.limit, v.drop, v.lower, v.upper)))
     ]
     if not drawn:
         return {}

@@ -175,10 +175,10 @@ def _in_pre(text: str) -> Markup:
 
 
 def _commands(text: str) -> Markup:
-    """Escaped, with our commands marked as code."""
+    """Escaped, with our commands and settings marked as code."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub("`(ragate [a-z ]+)`", r"<code>\1</code>", str(escape(visible(text)))))
+    return Markup(re.sub("`(ragate [^`]+|min)`", r"<code>\1</code>", str(escape(visible(text)))))
 
 
 def _cut(text: str, longest: int) -> str:
@@ -199,8 +199,7 @@ def _headline(run: Run, gate: GateResult | None, baseline: Baseline | None) -> d
         word, tone, sentence = "NO VERDICT", "none", "scores beside the baseline; no verdict was asked for"
     if gate is not None and len(gate.reasons) > 1:
         sentence = f"the run cannot be compared with the baseline, for {len(gate.reasons)} reasons"
-    lead, _, rest = sentence.partition("; ")
-    short, bracket, numbers = lead.partition(" (")
+    lead, *rest = _clauses(sentence)
     done = sum(1 for s in run.scores if s.metric in run.metrics)
     way_out = (gate.way_out or "") if gate else ""
     if gate is None and baseline is None:
@@ -208,12 +207,18 @@ def _headline(run: Run, gate: GateResult | None, baseline: Baseline | None) -> d
     return {
         "word": word,
         "tone": tone,
-        "short": short,
-        "numbers": f"{bracket.strip()}{numbers}",
-        "rest": rest.split("; also ") if rest else [],
+        "lead": lead,
+        "rest": rest,
         "partial": f"{done} of {len(run.items) * len(run.metrics)} scores were made" if run.partial else None,
         "next": way_out[:1].upper() + way_out[1:],
     }
+
+
+def _clauses(sentence: str) -> list[tuple[str, str]]:
+    """A sentence in parts that each get a line: (what happened, its numbers, in brackets or empty)."""
+    lead, _, rest = sentence.partition("; ")
+    parts = (part.partition(" (") for part in (lead, *(rest.split("; also ") if rest else ())))
+    return [(short, f"{bracket.strip()}{numbers}") for short, bracket, numbers in parts]
 
 
 def _spoken(text: str) -> str:
@@ -224,7 +229,11 @@ def _spoken(text: str) -> str:
 
 
 def _warnings(gate: GateResult | None) -> list[str]:
-    return [_spoken(warning.removeprefix("WARN: ")) for warning in gate.warnings] if gate else []
+    return [_warning(warning) for warning in gate.warnings] if gate else []
+
+
+def _warning(warning: str) -> str:
+    return _spoken(warning.removeprefix("WARN: "))
 
 
 def _sentence_of(gate: GateResult) -> str:
@@ -242,7 +251,8 @@ def _drift(gate: GateResult | None) -> dict[str, Any] | None:
     return {
         "word": gate.drift.verdict,
         "tone": TONES[gate.drift.verdict],
-        "sentence": _sentence_of(gate.drift),
+        "clauses": _clauses(_sentence_of(gate.drift)),
+        "warnings": [_warning(warning) for warning in gate.drift_warnings],
         "metrics": [
             (v, TONES[v.verdict], interval)
             for v in gate.drift.metrics
@@ -357,7 +367,7 @@ def _item(
     quotable = _quotable(item)
     passages = Passages(item.contexts)
     useful: dict[int, Claim] = {}
-    parts = []
+    parts: list[dict[str, Any]] = []
     for cell in row.cells:
         score = scores.get((item.id, cell.metric))
         claims = score.claims if score else ()
@@ -380,6 +390,8 @@ def _item(
                 "before": before.claims if before and cell.drop else (),
             }
         )
+    # what fell is what the reader came for
+    parts.sort(key=lambda part: -max(part["cell"].drop or 0.0, 0.0))
     contexts = context_changes(old.contexts if old else (), item.contexts)
     return {
         "parts": parts,

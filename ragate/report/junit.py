@@ -62,7 +62,8 @@ def _add_gate(suites: ElementTree.Element, run: Run, gate: GateResult | None) ->
     if gate.drift is not None:
         case = ElementTree.SubElement(suite, "testcase", classname=name, name="drift since the release")
         _end_verdict(case, gate.drift.verdict, gate.drift.sentence, gate.drift.exit_code)
-    said = "\n".join((gate.sentence, *gate.reasons, *gate.warnings))
+    since = (f"against the release: {warning}" for warning in gate.drift_warnings)
+    said = "\n".join((gate.sentence, *gate.reasons, *gate.warnings, *since))
     ElementTree.SubElement(suite, "system-out").text = _text(said)
 
 

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from ragate.gate.verdict import GateResult, MetricVerdict
     from ragate.run import Run, Score
 
-COMMAND = re.compile(r"(`ragate [a-z -]+`)")
-"""A command in a sentence of ours."""
+COMMAND = re.compile(r"(`(?:ragate [\w./ -]+|min)`)")
+"""A command or a setting in a sentence of ours."""
+COMMIT = re.compile(r"(?i)(?<![0-9a-z])[0-9a-f]{7,40}(?![0-9a-z])")
+"""What GitHub takes for a commit, and links where there is one."""
 LONGEST_COMMENT = 65_536
 """Characters that GitHub takes in one comment."""
 LONGEST_SUMMARY = 2**20 // 4
@@ -84,12 +86,20 @@ def escape(text: str, longest: int = 400) -> str:
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     # what Markdown, its tables and GitHub's formulas read
     text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
-    # what GitHub links by itself: mentions, issues and addresses; a zero-width space keeps it from matching
+    # what GitHub links by itself: mentions, issues, addresses; a zero-width space keeps it from matching
     text = re.sub(r"([@#])", r"\1&#8203;", text).replace("://", ":&#8203;//")
     text = re.sub(r":(?=[\w+-]+:)", ":&#8203;", text)  # :emoji:
     # what would begin a list, a rule or a heading where the line begins with it
     text = re.sub(r"^([-+=]|\d+(?=[.)]))", lambda m: f"\\{m[0]}" if m[0] in "-+=" else f"{m[0]}&#8203;", text)
-    return re.sub(r"(?i)\b(www(?=\.)|GH-(?=\d))", r"\1&#8203;", text)
+    text = re.sub(r"(?i)(?<![0-9a-z])(www(?=\.)|GH-(?=\d))", r"\1&#8203;", text)
+    # a commit is 7 hex digits or more, so that no piece of 6 is one
+    return COMMIT.sub(lambda found: re.sub("(.{6})(?=.)", r"\1&#8203;", found[0]), text)
+
+
+def _commit(commit: str) -> str:
+    """The first ten digits of a commit, which GitHub links; what is none is text of others."""
+    short = commit[:10]
+    return short if COMMIT.fullmatch(short) else escape(short)
 
 
 def _shown(text: str, longest: int) -> str:
@@ -123,6 +133,8 @@ def _opening(run: Run, gate: GateResult | None, baseline: Baseline | None, notes
         drift = gate.drift.sentence
         if drift.partition(": ")[2] not in gate.sentence:
             listed.append(f"> - against the release: {_prose(drift, 1200)}")
+        told = (w for w in gate.drift_warnings if w not in drift)
+        listed += [f"> - ⚠️ against the release: {_prose(text)}" for text in told]
     if listed:
         lines += [">", *_bounded(listed, "> - …")]
     return [*lines, ""]
@@ -260,9 +272,9 @@ def _footer(
     if isinstance(sent, int) and isinstance(computed, int) and 0 <= computed <= sent and sent > 0:
         parts.append(f"{(sent - computed) / sent * 100:.0f} % of the prompt tokens from the cache")
     if commit is not None:
-        parts.append(f"of commit {escape(commit[:10])}")
+        parts.append(f"of commit {_commit(commit)}")
     if baseline is not None:
-        made_at = f"{escape(baseline.commit[:10])}, " if baseline.commit else ""
+        made_at = f"{_commit(baseline.commit)}, " if baseline.commit else ""
         parts.append(f"baseline {made_at}{baseline.date:%Y-%m-%d %H:%M} UTC")
     lines = [f"<sub>{' · '.join(parts)}</sub>", ""]
     if _is_link(report_url):

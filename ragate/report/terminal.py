@@ -67,6 +67,9 @@ def print_gate(console: Console, run: Run, gate: GateResult) -> None:
         _say(console, Text(plain(power), "dim"))
     if gate.drift is not None:
         _say(console, Text.assemble("against the release: ", _sentence(gate.drift)))
+        for warning in gate.drift_warnings:
+            if warning not in gate.drift.sentence:
+                _say(console, Text(f"! against the release: {plain(warning)}", "yellow"))
     if len(gate.reasons) > 1:
         for reason in gate.reasons:
             _say(console, Text(f"- {plain(reason)}"), 2)
@@ -190,6 +193,12 @@ def print_baseline_diff(console: Console, diff: BaselineDiff) -> None:
     for field in diff.fingerprint:
         old, new = (shorten(plain(value or "none"), 60) for value in (field.old, field.new))
         console.print(Text(f"fingerprint: {plain(field.field)}: {old} -> {new}"), soft_wrap=True)
+    if diff.moved:
+        noun = "item" if len(diff.moved) == 1 else "items"
+        named = ", ".join(shorten(plain(item), 40) for item in diff.moved[:3])
+        more = f" and {len(diff.moved) - 3} more" if len(diff.moved) > 3 else ""
+        text = f"{len(diff.moved)} {noun} changed cluster: {named}{more}"
+        console.print(Text(text, "yellow"), soft_wrap=True)
     if diff.testset_changed:
         text = f"the test set changed: {len(diff.added)} items added, {len(diff.removed)} removed"
         console.print(Text(text, "yellow"), soft_wrap=True)

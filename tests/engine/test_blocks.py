@@ -25,6 +25,16 @@ def test_a_chain_hash_names_everything_before_it() -> None:
     assert grown == same_tail_a
 
 
+def test_chains_of_different_roots_have_no_hash_in_common() -> None:
+    tokens = [1] * 48
+    chains: list[list[bytes]] = [[], [], []]
+    for chain, root in zip(chains, (b"", b"one adapter", b"another"), strict=True):
+        extend_hashes(chain, tokens[:20], root)
+        extend_hashes(chain, tokens, root)
+    assert chains[0] == hashes_of(tokens)
+    assert len({hash_ for chain in chains for hash_ in chain}) == 9
+
+
 def test_a_released_block_is_found_again_until_it_is_evicted() -> None:
     pool = BlockPool(3)
     (hash_,) = hashes_of(list(range(16)))

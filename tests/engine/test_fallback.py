@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -10,7 +10,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from ragate_engine import DeviceError, ModelConfig
+from bench.random_model import random_adapter
+from ragate_engine import Adapter, DeviceError, ModelConfig
 from ragate_engine.kernels import reference
 from ragate_engine.kernels.fallback import FAMILIES, checked
 from ragate_engine.kv import KVCache
@@ -19,8 +20,10 @@ from ragate_engine.steps import HostSteps
 from ragate_engine.trial import run_steps, small_model
 
 CPU = torch.device("cpu")
-PLAIN = {family: names for family, names in FAMILIES.items() if family not in ("quantized", "int8")}
-"""What every backend has, the reference too."""
+PLAIN = {
+    family: names for family, names in FAMILIES.items() if family not in ("quantized", "int8", "adapters")
+}
+"""What every backend has, the reference too, and every model needs."""
 TINY = ModelConfig("llama", 48, 32, 40, 7, 4, 2, 16, 64)
 
 
@@ -42,11 +45,16 @@ def backend(*broken: str, error: Exception | None = None) -> ModuleType:
     return ops
 
 
-def trial(ops: ModuleType, fell: Mapping[str, str], model: ModelConfig = TINY) -> None:
+def trial(
+    ops: ModuleType,
+    fell: Mapping[str, str],
+    model: ModelConfig = TINY,
+    adapters: Sequence[Adapter] = (),
+) -> None:
     def steps_of(decoder: Decoder, kv: KVCache, batch: int, rows: int, length: int) -> HostSteps:
         return HostSteps(decoder, kv, ops, batch, CPU)
 
-    run_steps(model, ops, torch.float32, CPU, steps_of, rows=(20, 1))
+    run_steps(model, ops, torch.float32, CPU, steps_of, (20, 1), adapters)
 
 
 def test_a_backend_that_compiles_is_used_as_it_is() -> None:
@@ -84,6 +92,16 @@ def test_a_product_of_packed_weights_that_does_not_compile_is_gone_and_they_are_
     found = checked(fast, reference, with_packed)
     assert found.name == "fast-1 (quantized: reference)"
     assert not hasattr(found.ops, "pack_quantized") and not hasattr(found.ops, "quantized")
+
+
+def test_a_kernel_that_adapters_alone_need_is_tried_where_there_are_any() -> None:
+    adapters = [random_adapter(TINY)]
+
+    def with_adapters(ops: ModuleType, fell: Mapping[str, str]) -> None:
+        trial(ops, fell, adapters=adapters)
+
+    assert checked(backend("act_mul"), reference, trial).fell == {}
+    assert checked(backend("act_mul"), reference, with_adapters).name == "fast-1 (adapters: reference)"
 
 
 def test_several_kernels_may_fall_and_are_named_in_order() -> None:

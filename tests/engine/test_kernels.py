@@ -76,6 +76,22 @@ def test_gated_products_meet_in_the_activation(ops, activation: str, width: int)
 
 
 @backends
+@pytest.mark.parametrize(("activation", "width"), [("silu", 64), ("gelu_tanh", 1100), ("silu", 21)])
+def test_an_activation_apart_from_its_product_is_the_same(ops, activation: str, width: int) -> None:
+    torch.manual_seed(2)
+    both = torch.randn(5, 2 * width) * torch.tensor([1, 1, 1, 50, 50])[:, None]
+    g, u = both.double().chunk(2, dim=1)
+    f = torch.nn.functional
+    acted = f.silu(g) if activation == "silu" else f.gelu(g, approximate="tanh")
+    found = ops.act_mul(both, activation, torch.float32)
+    assert torch.allclose(found.double(), acted * u, rtol=2e-5, atol=1e-4)
+    if ops is not cpu:  # which knows float32 alone
+        count = torch.tensor([3], dtype=torch.int32)
+        narrow = ops.act_mul(both, activation, torch.float16, count)
+        assert torch.equal(narrow[:3], found[:3].half())
+
+
+@backends
 def test_a_token_that_is_still_being_sampled_comes_from_the_pool(ops) -> None:
     table = torch.randn(30, 40)
     empty = torch.empty(0, dtype=torch.int32)

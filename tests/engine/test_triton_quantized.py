@@ -204,7 +204,7 @@ def test_unpacking_is_compiled_ahead_on_weights_that_are_there() -> None:
     def fake(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         return torch.empty(1, dtype=dtype).expand(shape)
 
-    jobs = _quantized_jobs(fake, torch.zeros(1, dtype=torch.int32), config, (16, 4096), forms)
+    jobs = _quantized_jobs(fake, torch.zeros(1, dtype=torch.int32), config, (16, 4096), forms, False)
     made = [job for _, _, job in jobs if isinstance(job, partial) and job.func is unpacked]
     assert len(made) == 2  # of a gated pair and of the others: other code
     for job in made:

@@ -17,7 +17,7 @@ AXE_PLACES = (
     "node_modules/axe-core/axe.min.js",
 )
 AXE = next((path for place in AXE_PLACES if place and (path := Path(place)).is_file()), None)
-"""axe-core's script, where it is installed (`pip install axe-core-python`) or named by RAGATE_AXE."""
+"""axe-core's script: of the package axe-core-python, which is in the extra `dev`, or named by RAGATE_AXE."""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

@@ -94,7 +94,7 @@ def _text(**changes: object) -> str:
         ("<<<<<<< HEAD\n{}", "not a baseline"),
         ("[]", "not a baseline"),
         ("[" * 100_000, "not a baseline"),
-        (_text(version=3), "newer than this ragate"),
+        (_text(version=4), "newer than this ragate"),
         (_text(version=0), "older than this ragate reads (1); make a new one with `ragate baseline set`"),
         (_text(items={"q000": {"m": 7}}), "items.q000.m"),
         (_text(items={"q000": {"m": "0.5"}}), "items.q000.m"),
@@ -123,7 +123,13 @@ def test_bytes_that_are_not_utf8_are_a_malformed_baseline(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("suite", "name"),
-    [("llm-serving", "llm-serving"), ("org/name", "org-name"), ("../../x", "x"), ("..", "suite")],
+    [
+        ("llm-serving", "llm-serving"),
+        ("org/name", "org-name"),
+        ("../../x", "x"),
+        ("..", "suite"),
+        ("质" * 5000, "质" * 66),  # a file's name has room for 255 bytes
+    ],
 )
 def test_a_suite_name_never_leaves_the_baseline_folder(tmp_path: Path, suite: str, name: str) -> None:
     assert baseline_path(tmp_path, suite) == tmp_path / f"{name}.json"
@@ -161,15 +167,38 @@ def test_a_diff_names_items_that_came_and_went() -> None:
     assert (diff.added, diff.removed) == (("serving-012", "serving-013"), ())
 
 
-def test_a_baseline_of_version_1_is_still_read_and_kept_as_version_2(tmp_path: Path) -> None:
+def test_a_baseline_keeps_the_cluster_of_each_item_one_a_line(tmp_path: Path) -> None:
+    run = plain_run({"m": [1.0, 0.5, 0.0]})
+    items = tuple(
+        item.model_copy(update={"cluster": name})
+        for item, name in zip(run.items, ("a.md", None, "b.md"), strict=True)
+    )
+    kept = baseline_of(run.model_copy(update={"items": items}), commit=None, date=DATE)
+    save_baseline(kept, tmp_path / "b.json")
+    assert load_baseline(tmp_path / "b.json").clusters == {"q000": "a.md", "q002": "b.md"}
+    assert '  "q000": "a.md",\n  "q002": "b.md"\n' in (tmp_path / "b.json").read_text()
+    moved = kept.model_copy(update={"clusters": {"q000": "a.md", "q002": "a.md"}})
+    assert diff_baselines(kept, moved).moved == ("q002",)
+    assert diff_baselines(kept.model_copy(update={"clusters": None}), kept).moved == ()
+
+
+def test_a_baseline_of_version_2_is_still_read_and_knows_no_clusters(tmp_path: Path) -> None:
+    fields = baseline_of(good_run(12), commit=None, date=DATE).model_dump(mode="json")
+    del fields["clusters"]
+    (tmp_path / "b.json").write_text(json.dumps(fields | {"version": 2}))
+    old = load_baseline(tmp_path / "b.json")
+    assert (old.version, old.clusters, old.critical) == (2, None, ("serving-004",))
+
+
+def test_a_baseline_of_version_1_is_still_read_and_kept_as_version_3(tmp_path: Path) -> None:
     fields = baseline_of(plain_run({"m": [1.0, 0.5]}), commit=None, date=DATE).model_dump(mode="json")
-    for name in ("reserve_hash", "reserve", "critical", "reason"):
+    for name in ("reserve_hash", "reserve", "critical", "reason", "clusters"):
         del fields[name]
     (tmp_path / "b.json").write_text(json.dumps(fields | {"version": 1}))
     old = load_baseline(tmp_path / "b.json")
     assert (old.values("m"), old.reserve_hash, old.critical) == ({"q000": 1.0, "q001": 0.5}, None, ())
     save_baseline(old, tmp_path / "c.json")
-    assert json.loads((tmp_path / "c.json").read_text())["version"] == 2
+    assert json.loads((tmp_path / "c.json").read_text())["version"] == 3
 
 
 def test_the_committed_baseline_of_the_quickstart_is_read() -> None:

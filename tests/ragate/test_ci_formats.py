@@ -130,6 +130,8 @@ def test_an_item_is_marked_where_it_stands_or_nowhere(
         ("one.csv", "x", None, False): None,
         ("gone.csv", "x", 2, False): None,
         ("datasets:hub/name", "x", 2, False): None,
+        ("x" * 5000, "x", 2, False): None,
+        ("x\0", "x", 2, False): None,
     }
     for (testset, question, line, reserve), expected in places.items():
         item = ItemRecord(id="i", question=question, line=line, reserve=reserve)

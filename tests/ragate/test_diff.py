@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -156,6 +158,14 @@ def test_broke_and_mended_are_from_intact_to_broken_and_back() -> None:
         (False, True),
         (False, False),
     ]
+
+
+def test_an_interval_without_an_end_is_not_drawn_and_spoils_no_other() -> None:
+    gate = decide(baseline_of(good_run(), commit=None, date=DATE), worse_run())
+    first, *others = gate.metrics
+    endless = first.model_copy(update={"lower": -math.inf, "upper": math.inf})
+    assert intervals([endless]) == {}
+    assert intervals([endless, *others]) == intervals(others)
 
 
 def test_all_intervals_are_on_one_axis_in_the_order_of_their_numbers() -> None:

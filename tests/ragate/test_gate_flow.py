@@ -276,6 +276,27 @@ def test_check_takes_two_paths_and_the_whole_gate_of_the_settings(ragate: Ragate
     assert ragate("check", base, head).code == 1
 
 
+def test_a_change_of_clusters_stands_in_the_diff_of_baselines(ragate: Ragate) -> None:
+    run = good_run(40)
+    first = run.items[0].model_copy(update={"cluster": "elsewhere"})
+    store(run, "base")
+    store(run.model_copy(update={"items": (first, *run.items[1:])}), "head")
+    ragate("baseline", "set", "base")
+    assert "1 item changed cluster: serving-000" in ragate("baseline", "diff", "head").out
+    assert "1 item changed cluster: those of the baseline count" in ragate("check", "base", "head").out
+
+
+def test_a_run_whose_names_are_no_names_of_files_is_reported_all_the_same(ragate: Ragate) -> None:
+    store(good_run(12, suite="s" * 5000, testset="t" * 5000), "long")
+    store(good_run(12, suite="../../up", testset="\0"), "odd")
+    for folder in ("long", "odd"):
+        ended = ragate("report", folder)
+        assert (ended.code, ended.err) == (0, "")
+        assert " file=" not in Path(folder, "junit.xml").read_text()
+        assert ragate("baseline", "set", folder).code == 0
+    assert Path(".ragate/up/baselines/up/run.json").is_file()
+
+
 def test_an_open_verdict_exits_0_or_2_as_the_flag_says(ragate: Ragate) -> None:
     base, head = (
         store(plain_run({"m": [1.0] * 40}), "base"),
@@ -290,14 +311,42 @@ def test_an_open_verdict_exits_0_or_2_as_the_flag_says(ragate: Ragate) -> None:
 
 def test_a_pinned_release_is_held_against_too(ragate: Ragate) -> None:
     for name, level in (("release", 1.0), ("base", 0.96), ("head", 0.94)):
-        store(plain_run({"m": [level] * 50}), name)
+        store(plain_run({"faithfulness": [level] * 50}), name)
     ragate("baseline", "set", "release", "--baseline", "release.json")
     assert ragate("check", "base", "head").code == 0
     drifted = ragate("check", "base", "head", "--release", "release.json")
     assert drifted.code == 1
-    assert re.search(r"FAIL: against the release of \d{4}-\d\d-\d\d, m fell 6\.0 pt", drifted.out)
+    assert re.search(r"FAIL: against the release of \d{4}-\d\d-\d\d, faithfulness fell 6\.0 pt", drifted.out)
+    assert "`ragate baseline diff --baseline release.json`" in drifted.out
+    narrowed = ragate("check", "base", "head", "--release", "release.json", "--metrics", "faithfulness")
+    assert (narrowed.code, narrowed.out) == (1, drifted.out)
     Path("ragate.toml").write_text('release = "gone.json"\n')
     assert ragate("check", "base", "head").code == 3
+
+
+def test_warnings_about_the_release_reach_terminal_report_comment_and_junit(ragate: Ragate) -> None:
+    run = good_run(40)
+    store(run, "base")
+    ragate("baseline", "set", "base")
+    ragate("baseline", "set", "base", "--baseline", "release.json")
+    old = json.loads(Path("release.json").read_text())
+    del old["clusters"]
+    Path("release.json").write_text(json.dumps(old | {"version": 2}))
+    store(run, "head")
+    Path("ragate.toml").write_text('release = "release.json"\n')
+    told = "clusters count, which a change may edit; "
+    assert (
+        "! against the release: the baseline is of an older version and does not know which items belong"
+        in (ragate("check", "baselines/llm-serving.json", "head").out)
+    )
+    assert ragate("report", "head").code == 0
+    command = "ragate baseline set --baseline release.json"
+    for file in ("report.html", "comment.md", "junit.xml"):
+        text = Path("head", file).read_text()
+        assert text.count(told) >= 1, file
+        assert command in text, file
+    assert "<code>ragate baseline set --baseline release.json</code>" in Path("head/report.html").read_text()
+    assert "`ragate baseline set --baseline release.json`" in Path("head/comment.md").read_text()
 
 
 def test_a_critical_item_that_broke_fails_check(ragate: Ragate) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from runs import HOSTILE, good_run, hostile_run, worse_run
 
 from ragate import github as module
 from ragate.cli import run as ragate
+from ragate.config import Settings
 from ragate.gate.baseline import Baseline, baseline_of, save_baseline
 from ragate.gate.verdict import decide
 from ragate.github import (
@@ -28,7 +30,7 @@ from ragate.github import (
 )
 from ragate.report.markdown import comment_marker
 from ragate.run import Run, save_run
-from ragate.suite import write_reports
+from ragate.suite import verdict_of, write_reports
 
 DATE = datetime(2026, 11, 20, 9, 30, tzinfo=UTC)
 COMMIT = "ab12" * 10
@@ -292,7 +294,7 @@ def artifact(tmp_path: Path) -> Path:
     folder = tmp_path / "artifact"
     base, run = baseline(good_run()), worse_run()
     save_run(run, folder / "run.json")
-    write_reports(folder, run, decide(base, run), base, None)
+    write_reports(folder, run, verdict_of(Settings(), base, run), base, None)
     return folder
 
 
@@ -467,9 +469,29 @@ def test_ragate_comment_without_a_baseline_says_that_there_is_none(
     server: FakeGitHub, job: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_reports(tmp_path, good_run(), None, None, None)
-    assert load_verdict(tmp_path) == (None, None)
+    assert load_verdict(tmp_path, good_run()) == (None, None)
     assert post_run(job, good_run(), None, None, None) == "comment created on pull request 7"
     assert "NO BASELINE" in server.bodies(7)[0]
+
+
+def test_a_verdict_is_of_the_run_file_beside_it_and_of_no_other(
+    server: FakeGitHub, job: dict[str, str], artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(artifact.parent)
+    told = json.loads((artifact / "verdict.json").read_text())["run_digest"]
+    assert told == hashlib.sha256((artifact / "run.json").read_bytes()).hexdigest()
+    save_run(good_run(), artifact / "run.json")
+    assert ragate(["comment", "artifact"]) == 4
+    assert capsys.readouterr().err == (
+        f"error: {Path('artifact/verdict.json')}: a verdict on another run than the one beside it; "
+        "`ragate report` makes it anew\n"
+    )
+    assert not server.bodies(7)
+    assert ragate(["report", "artifact", "--baseline", "artifact/baseline.json"]) == 0
+    assert ragate(["comment", "artifact"]) == 0
+    assert "✅ PASS" in server.bodies(7)[0]
 
 
 def test_ragate_comment_for_a_fork_holds_the_scores_against_the_settings_of_this_checkout(

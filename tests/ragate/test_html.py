@@ -249,6 +249,34 @@ def test_items_are_ranked_by_their_drop_and_counted_by_change() -> None:
     assert changes.count("regressed") == 32
 
 
+def test_an_opened_item_begins_with_the_metric_that_fell_most() -> None:
+    base = plain_run({"a": [1.0] * 12, "b": [1.0] * 12, "c": [1.0] * 12})
+    run = plain_run({"a": [1.0] * 12, "b": [0.0] + [1.0] * 11, "c": [1.0] + [0.0] * 4 + [1.0] * 7})
+    page = _render(run, base)
+    assert re.findall(r"<h3>(\w)</h3>", page)[:3] == [
+        "C",
+        "B",
+        "A",
+    ]  # the cards: what fell most over all items
+    (first,) = (
+        part for part in page.split('class="detail"') if "Question 0?" in part.partition("</section>")[0]
+    )
+    assert re.findall(r'<section class="part">\s*<h3>(\w)', first) == ["B", "C", "A"]
+
+
+def test_the_numbers_of_a_sentence_stand_back_behind_what_happened() -> None:
+    page = _render(worse_run(), good_run(), release=_baseline(good_run()))
+    said = re.findall(r'>\s*([^<>]+) <span class="numbers">\((limit 4\.7 pt)', page)
+    assert (
+        said
+        == [
+            ("faithfulness fell 11.3 pt", "limit 4.7 pt"),
+            ("also context recall fell 8.8 pt", "limit 4.7 pt"),
+        ]
+        * 2
+    )
+
+
 def test_an_opened_item_shows_what_the_judge_saw_and_said() -> None:
     run = worse_run(12)
     words = Page(_render(run, good_run(12))).words
@@ -473,7 +501,7 @@ def test_the_same_run_makes_the_same_page() -> None:
     assert _render(worse_run(12), good_run(12), timings()) == _render(worse_run(12), good_run(12), timings())
 
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 SHOWN = "[...document.querySelectorAll('.item:not([hidden]) .id')].map(id => id.textContent)"
 
 
@@ -636,15 +664,16 @@ def test_on_paper_there_are_verdict_cards_and_rows_but_no_controls(report: Path)
 
 @pytest.mark.slow
 @needs_chromium
-@pytest.mark.skipif(AXE is None, reason="needs axe-core: pip install axe-core-python")
+@pytest.mark.skipif(AXE is None, reason="needs axe-core: pip install -e .[dev], or RAGATE_AXE=axe.min.js")
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(tmp_path: Path, width: int, scheme: str) -> None:
     assert AXE is not None
     rules = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+    unknown = _baseline(good_run(12)).model_copy(update={"clusters": None})  # which is warned of
     pages = {
         "fail": _render(_reworded(worse_run(12)), good_run(12), timings(), texts=True),
-        "pass": _render(good_run(12), good_run(12), timings(), release=_baseline(good_run(12))),
+        "pass": _render(good_run(12), good_run(12), timings(), release=unknown),
         "open": _render(worse_run(12), good_run(12), threshold=0.5),
         "invalid": _render(errored_run(12), good_run(12, fingerprint={"judge": "x"})),
         "alone": _render(partial_run(12)),

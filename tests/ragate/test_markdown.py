@@ -118,6 +118,7 @@ def test_a_report_address_that_is_no_plain_link_is_left_out(url: str) -> None:
 
 def test_several_reasons_of_an_invalid_run_are_listed() -> None:
     text = _comment(good_run(12, fingerprint={"judge": "x", "ragas": "0.4.4"}), good_run(12))
+    text = text.replace("&#8203;", "")  # in the hash, which may be a commit
     assert "> - judge differs: baseline sha256:9f2c51d04ab37e66…, run x" in text
     assert "> - ragas differs: baseline 0.4.3, run 0.4.4" in text
 
@@ -172,6 +173,19 @@ def test_the_footer_has_seconds_cache_and_the_commit_that_was_judged() -> None:
     assert "100 items · 157 s · 71 % of the prompt tokens from the cache · of commit 3f2a91c73f</sub>" in text
     odd = {"seconds": "long", "prompt_tokens_sent": 0, "prompt_tokens_computed": None}
     assert "100 items</sub>" in render_comment(good_run(), None, None, odd)
+
+
+def test_only_our_own_commits_link_themselves() -> None:
+    run = good_run(12)
+    items = tuple(item.model_copy(update={"id": f"{i:07x}"}) for i, item in enumerate(run.items))
+    ids = {old.id: new.id for old, new in zip(run.items, items, strict=True)}
+    scores = tuple(score.model_copy(update={"item": ids[score.item]}) for score in run.scores)
+    base = run.model_copy(update={"items": items, "scores": scores})
+    text = _comment(*_fallen(base), commit="ab12" * 10)
+    linked = re.findall(r"(?<![0-9a-z])[0-9a-f]{7,40}(?![0-9a-z])", text)
+    assert linked == [run.fingerprint_id, "ab12ab12ab", "3f2a91c73f"]
+    named = _baseline(base).model_copy(update={"commit": "@octocat"})
+    assert "baseline @&#8203;octocat, 2025" in render_comment(base, None, named)
 
 
 def test_a_metric_that_only_the_baseline_has_has_a_row_too() -> None:
@@ -252,6 +266,15 @@ def test_the_marker_is_one_comment_whatever_the_suite_is_called() -> None:
         ("@octocat", "@&#8203;octocat"),
         ("fixes #12", "fixes #&#8203;12"),
         ("GH-12", "GH-&#8203;12"),
+        ("octo/rag#12 _gh-1_", "octo/rag#&#8203;12 \\_gh-&#8203;1\\_"),
+        ("in 3f2a91c", "in 3f2a91&#8203;c"),
+        ("octo/rag@3f2a91c7", "octo/rag@&#8203;3f2a91&#8203;c7"),
+        ("_3F2A91C7_", "\\_3F2A91&#8203;C7\\_"),
+        (
+            "3f2a91c7" * 5,
+            "3f2a91&#8203;c73f2a&#8203;91c73f&#8203;2a91c7&#8203;3f2a91&#8203;c73f2a&#8203;91c7",
+        ),
+        ("abc123 defaced8x", "abc123 defaced8x"),
         ("<img src=x>", "&lt;img src=x&gt;"),
         ("&amp;", "&amp;amp;"),
         ("[a](b)", r"\[a\](b)"),
@@ -278,6 +301,7 @@ def test_escaped_text_is_one_line_without_live_markup(text: str) -> None:
     escaped = escape(text)
     assert not set("\r\n<>") & set(escaped)
     assert not re.search(r"@\w|(?<!&)#\d|://", escaped)
+    assert not re.search(r"(?<![0-9a-z])[0-9a-f]{7,40}(?![0-9a-z])", escaped)
     assert not re.search(r"(?<!\\)(\\\\)*[`|*_\[\]]", escaped)
 
 

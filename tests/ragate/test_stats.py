@@ -18,6 +18,7 @@ from ragate.gate.stats import (
     cluster_sums,
     clustered,
     detectable_drop,
+    fewest_changed,
     holm,
     items_needed,
     johnson_bounds,
@@ -234,6 +235,14 @@ def test_a_larger_drop_of_every_item_never_has_a_larger_p_or_smaller_bounds(
 
 
 # Holm, McNemar, power
+
+
+@pytest.mark.parametrize(
+    ("level", "fewest"), [(0.05, 5), (0.05 / 2, 6), (0.05 / 3, 6), (0.05 / 4, 7), (1 / 32, 6)]
+)
+def test_the_fewest_values_whose_p_can_be_below_a_level(level: float, fewest: int) -> None:
+    assert fewest_changed(level) == fewest
+    assert sign_flip_p([1.0] * fewest) < level <= sign_flip_p([1.0] * (fewest - 1))
 
 
 def test_holms_adjustment_of_a_textbook_example() -> None:

@@ -395,8 +395,8 @@ def _clustered_run(head: list[float], clusters: list[str | None]) -> Run:
 def test_items_of_one_document_count_together() -> None:
     names: list[str | None] = [f"d{i // 5}" for i in range(60)]
     head = [0.5] * 10 + [1.0] * 50  # two of twelve documents fell
-    base = _baseline(plain_run({"m": [1.0] * 60}))
-    together, apart = decide(base, _clustered_run(head, names)), decide(base, plain_run({"m": head}))
+    together = decide(_baseline(_clustered_run([1.0] * 60, names)), _clustered_run(head, names))
+    apart = decide(_baseline(plain_run({"m": [1.0] * 60})), plain_run({"m": head}))
     drops = [1.0 - h for h in head]
     assert together.metrics[0].clusters == 12
     assert together.metrics[0].upper == pytest.approx(johnson_bounds(clustered(drops, names)).upper)
@@ -406,14 +406,71 @@ def test_items_of_one_document_count_together() -> None:
 
 
 def test_an_item_without_a_cluster_is_one_by_itself_and_few_clusters_are_no_clusters() -> None:
-    base = _baseline(plain_run({"m": [1.0] * 30}))
     head = [0.9] * 10 + [1.0] * 20
-    mixed = decide(base, _clustered_run(head, ["d1"] * 10 + [None] * 20))
-    assert mixed.metrics[0].clusters == 21
-    few = decide(base, _clustered_run(head, [f"d{i % 9}" for i in range(30)]))
-    assert few.metrics[0].clusters is None
-    assert few.metrics[0].upper == decide(base, plain_run({"m": head})).metrics[0].upper
+
+    def gate(names: list[str | None]) -> GateResult:
+        return decide(_baseline(_clustered_run([1.0] * 30, names)), _clustered_run(head, names))
+
+    assert gate(["d1"] * 10 + [None] * 20).metrics[0].clusters == 21
+    few, none = gate([f"d{i % 9}" for i in range(30)]), gate([None] * 30)
+    assert (few.metrics[0].clusters, none.metrics[0].clusters) == (None, None)
+    assert few.metrics[0].upper == none.metrics[0].upper
     assert few.warnings[0].startswith("the items are of 9 clusters, too few to tell how clusters differ")
+
+
+def test_relabelling_the_clusters_does_not_change_the_verdict_and_is_told() -> None:
+    head = [0.5] * 20 + [1.0] * 40  # as twenty items it is no chance, as one document it may be
+    names: list[str | None] = [f"d{i // 2}" for i in range(60)]
+    base = _baseline(_clustered_run([1.0] * 60, names))
+    honest = decide(base, _clustered_run(head, names))
+    relabelled = decide(base, _clustered_run(head, ["one"] * 20 + names[20:]))
+    assert (honest.verdict, honest.warnings) == ("FAIL", ())
+    assert (relabelled.verdict, relabelled.sentence) == ("FAIL", honest.sentence)
+    assert relabelled.metrics[0].clusters == 30
+    assert relabelled.warnings == (
+        "20 items changed cluster: those of the baseline count; if that is wanted, `ragate baseline bless` takes the "
+        "new ones",
+    )
+    removed = decide(base, _clustered_run(head, [None] * 60))
+    assert (removed.metrics[0].p, len(removed.warnings)) == (honest.metrics[0].p, 1)
+
+
+def test_clusters_under_other_names_are_the_same_clusters() -> None:
+    base = _baseline(_clustered_run([1.0] * 60, [f"d{i // 5}" for i in range(60)]))
+    renamed = decide(base, _clustered_run([1.0] * 60, [f"docs/{i // 5}.md" for i in range(60)]))
+    assert (renamed.verdict, renamed.warnings) == ("PASS", ())
+
+
+def test_a_baseline_that_does_not_know_its_clusters_takes_those_of_the_run_and_says_so() -> None:
+    names: list[str | None] = [f"d{i // 5}" for i in range(60)]
+    old = _baseline(plain_run({"m": [1.0] * 60})).model_copy(update={"version": 2, "clusters": None})
+    result = decide(old, _clustered_run([1.0] * 60, names))
+    assert result.metrics[0].clusters == 12
+    assert "the run's own clusters count" in result.warnings[0]
+    assert decide(old, plain_run({"m": [1.0] * 60})).warnings == ()
+
+
+@pytest.mark.parametrize(("fallen", "verdict"), [(4, "INCONCLUSIVE"), (5, "FAIL")])
+def test_an_open_verdict_says_where_too_few_clusters_changed_for_a_fail(fallen: int, verdict: str) -> None:
+    names: list[str | None] = [f"d{i // 5}" for i in range(60)]
+    head = [0.5] * (5 * fallen) + [1.0] * (60 - 5 * fallen)
+    result = decide(_baseline(_clustered_run([1.0] * 60, names)), _clustered_run(head, names))
+    metric = result.metrics[0]
+    assert (result.verdict, metric.units_changed, metric.units_needed) == (verdict, fallen, 5)
+    told = "only 4 clusters changed, too few to rule out chance: a FAIL takes 5 or more"
+    assert (told in result.sentence) == (verdict == "INCONCLUSIVE")
+    if verdict == "INCONCLUSIVE":
+        assert "items of more clusters would tell" in (result.way_out or "")
+
+
+def test_the_more_metrics_are_held_at_once_the_more_items_must_change() -> None:
+    same, fell = [1.0] * 40, [0.0] * 6 + [1.0] * 34
+    for others, needed in ((0, 5), (1, 6), (2, 6), (3, 7)):
+        columns = {f"m{i}": same for i in range(others)}
+        gate = decide(_baseline(plain_run({"m": same} | columns)), plain_run({"m": fell} | columns))
+        assert gate.metrics[0].units_needed == needed
+        assert gate.verdict == ("FAIL" if needed <= 6 else "INCONCLUSIVE")
+    assert "only 6 items changed, too few to rule out chance: a FAIL takes 7 or more" in gate.sentence
 
 
 # Limits of one metric, floors, critical items
@@ -440,6 +497,23 @@ def test_a_mean_below_its_floor_fails_whatever_the_baseline_was() -> None:
     assert "b is at 0.790, below 0.795, its floor; b fell 1.0 pt" in result.sentence
     assert _two([0.8] * 20, [0.8] * 20, rules={"b": Rule(min=0.9)}, strategy="point").verdict == "FAIL"
     assert _two([0.8] * 20, [0.8] * 20, rules={"b": Rule(min=0.8)}).verdict == "PASS"
+
+
+def test_the_way_out_of_a_breached_floor_is_not_to_bless_it() -> None:
+    floor = {"b": Rule(min=0.795)}
+    alone = _two([0.8] * 20, [0.79] * 20, rules=floor).way_out
+    assert alone == (
+        "no new baseline mends a mean below its floor: raise it, or lower `min` of b in ragate.toml if the change is "
+        "wanted"
+    )
+    for a, b in ((0.5, 0.79), (0.8, 0.5)):
+        assert _two([a] * 20, [b] * 20, rules=floor).way_out == (
+            "if the change is wanted, `ragate baseline bless` accepts it as the new baseline; a mean below its floor "
+            "it does not accept: for that, lower `min` of b in ragate.toml"
+        )
+    assert _two([0.5] * 20, [0.8] * 20, rules=floor).way_out == (
+        "if the change is wanted, `ragate baseline bless` accepts it as the new baseline"
+    )
 
 
 def test_a_floor_of_a_metric_that_nobody_scored_is_invalid_not_forgotten() -> None:
@@ -514,6 +588,58 @@ def test_a_release_that_cannot_be_compared_is_invalid() -> None:
     result = decide(_baseline(run), run, release=other)
     assert (result.verdict, result.exit_code) == ("INVALID", 3)
     assert result.reasons[0].startswith("against the release of 2025-11-20: ")
+    assert "`ragate baseline rescore --baseline RELEASE` judges" in (result.way_out or "")
+    assert "`ragate baseline set --baseline RELEASE` makes" in (result.way_out or "")
+    named = decide(_baseline(run), run, release=other, release_path="my baselines/1.4.json")
+    assert "`ragate baseline rescore --baseline 'my baselines/1.4.json'`" in (named.way_out or "")
+
+
+def test_where_baseline_and_release_are_both_of_another_judge_both_ways_out_are_named() -> None:
+    run = plain_run({"m": [1.0] * 20})
+    other = _baseline(plain_run({"m": [1.0] * 20}, fingerprint={"judge": "older"}))
+    way_out = decide(other, run, release=other, release_path="r.json").way_out or ""
+    assert "`ragate baseline rescore` judges" in way_out
+    assert "; as for the release, scores made in another way" in way_out
+    assert "`ragate baseline rescore --baseline r.json` judges" in way_out
+
+
+def test_what_fails_against_the_release_as_well_is_not_said_to_be_mended_by_a_bless() -> None:
+    base = _baseline(plain_run({"m": [1.0] * 20}))
+    failed = decide(base, plain_run({"m": [0.5] * 20}), release=base)
+    assert (failed.way_out or "").endswith("; as for the release, it fails until a newer one is pinned")
+    drifted = decide(
+        _baseline(plain_run({"m": [0.5] * 20})),
+        plain_run({"m": [0.5] * 20}),
+        release=base,
+        release_path="r.json",
+    )
+    assert "find them with `ragate baseline diff --baseline r.json`" in (drifted.way_out or "")
+
+
+def test_a_floor_is_no_drift() -> None:
+    run = plain_run({"m": [0.5] * 20})
+    result = decide(_baseline(run), run, release=_baseline(run), rules={"m": Rule(min=0.8)})
+    assert result.drift is not None and result.drift.verdict == "PASS"
+    assert (result.verdict, (result.way_out or "").startswith("no new baseline")) == ("FAIL", True)
+
+
+def test_warnings_about_the_release_are_those_that_the_run_does_not_have_itself() -> None:
+    run = _clustered_run([1.0] * 60, [f"d{i // 5}" for i in range(60)])
+    old = _baseline(run).model_copy(update={"clusters": None})
+    assert decide(_baseline(run), run, release=_baseline(run)).drift_warnings == ()
+    (told,) = decide(_baseline(run), run, release=old, release_path="r.json").drift_warnings
+    assert "`ragate baseline set --baseline r.json` makes one that knows" in told
+
+
+def test_metrics_asked_for_by_name_are_held_against_the_release_or_said_not_to_be() -> None:
+    run = plain_run({"m": [0.5] * 20, "new": [1.0] * 20, "other": [1.0] * 20})
+    release = _baseline(plain_run({"m": [1.0] * 20, "other": [1.0] * 20}))
+    both = decide(_baseline(run), run, release=release, metrics=["m", "new"])
+    assert both.drift is not None and [v.metric for v in both.drift.metrics] == ["m"]
+    told = "drift since the release is not watched for new: its baseline has no such scores"
+    assert (both.verdict, both.warnings) == ("FAIL", (told,))
+    alone = decide(_baseline(run), run, release=release, metrics=["new"])
+    assert (alone.verdict, alone.drift, alone.warnings) == ("PASS", None, (told,))
 
 
 def test_a_metric_that_is_younger_than_the_release_is_no_obstacle() -> None:

@@ -10,6 +10,7 @@ Backends: `reference` (plain torch, any device: the oracle), `cpu` (one C file),
     quantized(x, parts, bias, activation, rows, wide) -> y
     pack_int8(weights, gated) -> Packed            the same for products in whole numbers, or None (triton alone)
     int8(x, packed, bias, activation, rows) -> y
+    act_mul(x, activation, dtype, rows) -> y       act(gate) * up of x [M, gate | up], in `dtype`
     embed(ids, table, scale, step) -> h            rows of the table, fresh storage
     rms_norm(h, x, weight, eps, rows) -> y         h += x (unless None), then normalize; h is updated in place
     last_norm(h, x, weight, eps, step) -> y        the same for the rows whose logits are wanted: [W, hidden]
@@ -78,6 +79,8 @@ class StepInputs:
     """[1] how many of `wanted` are real; `None` where all are."""
     sampled: torch.Tensor | None = None
     """[running requests] the token each sampled last: an id of -1 - i stands for its entry i."""
+    adapters: torch.Tensor | None = None
+    """[M] which adapter each row is computed with, -1 for none; `None` where no row has any."""
 
 
 def choose(device: torch.device, wanted: str) -> tuple[ModuleType, str]:

@@ -21,6 +21,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "gated": ("pack_gated", "gated"),
     "quantized": ("pack_quantized", "quantized"),
     "int8": ("pack_int8", "int8"),
+    "adapters": ("act_mul",),
     "embed": ("embed",),
     "norm": ("rms_norm", "last_norm"),
     "attention": ("make_kv", "rope_write_kv", "plan_attention", "attention"),

@@ -207,11 +207,16 @@ def attention(
     return out.flatten(1)
 
 
-def act_mul(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """x [M, 2F] is gate | up; returns act(gate) * up [M, F], float32 inside."""
+def act_mul(
+    x: torch.Tensor,
+    activation: str,
+    dtype: torch.dtype | None = None,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [M, 2F] is gate | up; returns act(gate) * up [M, F] in `dtype` (x's where it is `None`), float32 inside."""
     gate, up = x.float().chunk(2, dim=-1)
     acted = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-    return (acted * up).to(x.dtype)
+    return (acted * up).to(dtype or x.dtype)
 
 
 def _masked(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -128,18 +128,18 @@ def _ready(
             rms_norm(part, None, weights[f"{leaf}_norm"], config.norm_eps)
             for part, leaf in ((q, "q"), (k, "k"))
         )
-    q, k, v = (part.transpose(0, 1).float() for part in (_turned(q, tables), _turned(k, tables), v))
+    q, k, v = (part.transpose(0, 1).float() for part in (turned(q, tables), turned(k, tables), v))
     group = config.num_heads // config.num_kv_heads
     return q, k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
 
 
-def _turned(heads: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def turned(heads: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """heads [n, heads, head_dim], rotated by position (rotate-half)."""
     cos, sin = (table[: len(heads), None] for table in tables)
     rotary = 2 * cos.shape[-1]
     a, b = heads[..., :rotary].float().chunk(2, dim=-1)
-    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(heads.dtype)
-    return torch.cat([turned, heads[..., rotary:]], dim=-1)
+    rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(heads.dtype)
+    return torch.cat([rotated, heads[..., rotary:]], dim=-1)
 
 
 def _scale(config: ModelConfig) -> float:

@@ -254,8 +254,13 @@ def attention(
     return out
 
 
-def act_mul(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """x [M, 2F] is gate | up; returns act(gate) * up [M, F]."""
+def act_mul(
+    x: torch.Tensor,
+    activation: str,
+    dtype: torch.dtype = torch.float32,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [M, 2F] is gate | up; returns act(gate) * up [M, F]; float32, as all here."""
     y = torch.empty(x.shape[0], x.shape[1] // 2)
     _call("rg_act_mul", _ptr(x), _ptr(y), c_long(x.shape[0]), c_long(y.shape[1]), c_int(activation != "silu"))
     return y

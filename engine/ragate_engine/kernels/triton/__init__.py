@@ -8,12 +8,13 @@ from ragate_engine.kernels.triton.linear import gated, linear, pack_gated, pack_
 from ragate_engine.kernels.triton.pick import likeliest, pick
 from ragate_engine.kernels.triton.quantized import pack_quantized, quantized, unpack_quantized
 from ragate_engine.kernels.triton.rope import rope_write_kv
-from ragate_engine.kernels.triton.rowwise import embed, last_norm, rms_norm
+from ragate_engine.kernels.triton.rowwise import act_mul, embed, last_norm, rms_norm
 
 NAME = "triton-3"
 
 __all__ = [
     "NAME",
+    "act_mul",
     "attention",
     "embed",
     "gated",

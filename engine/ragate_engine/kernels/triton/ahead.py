@@ -42,7 +42,8 @@ from ragate_engine.kernels.triton.quantized import (
     walk_of,
 )
 from ragate_engine.kernels.triton.quantized import best_tile as best_quantized_tile
-from ragate_engine.kernels.triton.rowwise import embed, last_norm, rms_norm
+from ragate_engine.kernels.triton.rowwise import act_mul, embed, last_norm, rms_norm
+from ragate_engine.lora import ProductShape
 from ragate_engine.quant.tensor import Form
 from ragate_engine.weights import names
 
@@ -65,12 +66,15 @@ class AheadCompiler:
         buckets: Sequence[int],
         most_wanted: int,
         forms: Mapping[str, Form] | None = None,
+        adapted: frozenset[ProductShape] = frozenset(),
     ) -> None:
         """For steps of `buckets` rows and up to `most_wanted` wanted ones, with caches of `kv_dtype`.
 
-        `forms` says how each tensor is stored, where weights are multiplied as they are stored.
+        `forms` says how each tensor is stored, where weights are multiplied as they are stored; `adapted` what
+        adapters add to which products.
         """
-        self._arguments = (model, dtype, kv_dtype, buckets, most_wanted, forms)
+        # in an order of its own: a set's changes from process to process, and the marker is made of it
+        self._arguments = (model, dtype, kv_dtype, buckets, most_wanted, forms, tuple(sorted(adapted)))
         self._ready = threading.Event()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ragate-compile", daemon=True)
@@ -139,6 +143,7 @@ def _jobs(
     buckets: Sequence[int],
     most_wanted: int,
     forms: Mapping[str, Form] | None = None,
+    adapted: Sequence[ProductShape] = (),
 ) -> tuple[list[Job], list[Job]]:
     """Launches on no rows: what small steps need, and the rest; the costliest to compile come first."""
     plan = torch.zeros(HEADER, dtype=torch.int32, device=card)
@@ -180,23 +185,29 @@ def _jobs(
             rope_write_kv, fake(dtype, 16, q + 2 * kv), norm, norm, 1e-5, cos, cos, step, cache, shape
         )
 
+    apart = any("gate" in product.leaves for product in adapted)
     shapes = [
         (q + 2 * kv, hidden, model.qkv_bias, False, False),
         (hidden, q, False, False, False),
-        (2 * inner, hidden, False, True, False),
+        (2 * inner, hidden, False, not apart, apart),
         (hidden, inner, False, False, False),
-        (model.vocab_size, hidden, False, False, True),
     ]
     if forms is not None:
-        shapes = shapes[-1:]
-        for key, bucket, job in _quantized_jobs(fake, none, model, buckets, forms):
+        shapes = []
+        for key, bucket, job in _quantized_jobs(fake, none, model, buckets, forms, apart):
             (first if bucket <= FIRST_BUCKET else rest).setdefault(key, job)
+    for _, outer, columns, width in adapted:
+        shapes += [(columns, width, False, False, True), (outer, columns, False, False, True)]
+    head = (model.vocab_size, hidden, False, False, True)
     for bucket in buckets:
-        for N, K, bias, gated, wide in shapes:
-            M = min(bucket, most_wanted) if wide else bucket
+        for measures in [*shapes, head]:
+            N, K, bias, gated, wide = measures
+            last = measures is head
+            M = min(bucket, most_wanted) if last else bucket
             tile = best_tile(M, N, K, gated, wide)
             ahead = prefetches(M, N, K, dtype.itemsize)
-            key = (tile, ahead, bias, gated, wide, K % tile.inner == 0, K % 16, N % 16)
+            # which count is read matters too: one lies at a multiple of 16 bytes, the other does not
+            key = (tile, ahead, bias, gated, wide, last, K % tile.inner == 0, K % 16, N % 16)
             if key in first or key in rest:
                 continue
             x, w = fake(dtype, M, K), Packed(fake(dtype, N, K), gated)
@@ -208,7 +219,7 @@ def _jobs(
                 fake(dtype, N) if bias else None,
                 wide,
                 activation,
-                none_wanted if wide else none,
+                none_wanted if last else none,
                 y,
             )
             (first if bucket <= FIRST_BUCKET else rest)[key] = job
@@ -219,6 +230,9 @@ def _jobs(
     first["embed"] = partial(embed, zeros, fake(dtype, BLOCK_SIZE, hidden), model.embed_scale, step)
     first["norm"] = partial(rms_norm, h, h, weight, 1e-5, none)
     first["first norm"] = partial(rms_norm, h, None, weight, 1e-5, none)
+    if apart:
+        both = fake(torch.float32, 16, 2 * inner)
+        first["activation"] = partial(act_mul, both, model.activation, dtype, none)
     first["last norm"] = partial(last_norm, h, h, weight, 1e-5, step)
     workspace = PickWorkspace(16, model.vocab_size, card)
     logits = fake(torch.float32, 16, model.vocab_size)
@@ -239,10 +253,12 @@ def _quantized_jobs(
     model: ModelConfig,
     buckets: Sequence[int],
     forms: Mapping[str, Form],
+    apart: bool,
 ) -> list[tuple[object, int, Job]]:
     """What decides the code, the bucket and the launch of each product with weights that stay as they are stored.
 
-    A zero and an offset look alike in a header: small groups, as in GGUF files, are taken to have offsets.
+    A zero and an offset look alike in a header: small groups, as in GGUF files, are taken to have offsets. `apart`:
+    gate and up end in float32, before their activation.
     """
     shapes = names.expected(model)
     jobs: dict[object, tuple[object, int, Job]] = {}
@@ -258,7 +274,8 @@ def _quantized_jobs(
                 rows, width = sum(size[0] for size in sizes), sizes[0][1]
                 if rows % 16 or width % 16 or form.group < 16:
                     continue
-                gated, bias = leaves[0] == "gate", leaves[0] == "q" and model.qkv_bias
+                wide = apart and leaves[0] == "gate"
+                gated, bias = leaves[0] == "gate" and not apart, leaves[0] == "q" and model.qkv_bias
                 packed = _stand_in(fake, form, rows, width, gated)
                 for bucket in buckets:
                     tile = fitting(best_quantized_tile(bucket, rows, packed.segments), packed)
@@ -269,6 +286,7 @@ def _quantized_jobs(
                         form,
                         packed.segments,
                         gated,
+                        wide,
                         bias,
                         packed.columns % tile.inner == 0,
                     )
@@ -276,13 +294,13 @@ def _quantized_jobs(
                     offset = fake(torch.bfloat16, rows) if bias else None
                     activation = model.activation if gated else None
                     if bucket < UNPACK_ROWS:
-                        launch: Job = partial(quantized, x, (packed,), offset, activation, none)
+                        launch: Job = partial(quantized, x, (packed,), offset, activation, none, wide)
                     else:
                         # unpacking does not ask for a count of rows: it gets weights that are there, a tile of them
                         few = _stand_in(partial(_zeros, none.device), form, 16, width, gated)
                         jobs.setdefault(key[2:], (key[2:], bucket, partial(unpacked, few)))
                         w = fake(torch.bfloat16, rows, width)
-                        launch = partial(_with_unpacked, x, w, packed, offset, activation, none)
+                        launch = partial(_with_unpacked, x, w, packed, offset, wide, activation, none)
                     jobs.setdefault(key, (key, bucket, launch))
     return list(jobs.values())
 
@@ -292,11 +310,13 @@ def _with_unpacked(
     w: torch.Tensor,
     packed: PackedQuant,
     bias: torch.Tensor | None,
+    wide: bool,
     activation: str | None,
     none: torch.Tensor,
 ) -> None:
-    y = torch.empty(len(x), len(w) // (1 + packed.gated), dtype=x.dtype, device=x.device)
-    product_unpacked(x, w, packed, bias, False, activation, none, y)
+    kind = torch.float32 if wide else x.dtype
+    y = torch.empty(len(x), len(w) // (1 + packed.gated), dtype=kind, device=x.device)
+    product_unpacked(x, w, packed, bias, wide, activation, none, y)
 
 
 def _zeros(card: torch.device, kind: torch.dtype, *shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The kernels that walk one row per program: embedding, norm with residual, norm of the wanted rows.
+"""The kernels that walk one row per program: embedding, norm with residual, norm of the wanted rows, activation.
 
 Each moves its row in and out once. Block shapes depend on the model alone, never on the number of rows, so the order
 of every sum is fixed.
@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ragate_engine.kernels import StepInputs
 from ragate_engine.kernels.triton import device
+from ragate_engine.kernels.triton.linear import _act_mul
 
 
 @triton.jit
@@ -119,5 +120,39 @@ def last_norm(
     _last_norm[(rows,)](
         h, x, weight, y, step.wanted, step.wanted_rows if counted else step.wanted, width, eps,
         triton.next_power_of_2(width), counted, device.PDL, num_warps=4, **device.launch(),
+    )  # fmt: skip
+    return y
+
+
+@triton.jit
+def _act_mul_rows(
+    x, y, count, F, BF: tl.constexpr, GELU: tl.constexpr, COUNTED: tl.constexpr, PDL: tl.constexpr
+):
+    m = tl.program_id(0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if COUNTED:
+        if m >= tl.load(count):
+            return
+    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    at = x + m.to(tl.int64) * 2 * F + f
+    gate = tl.load(at, f < F, 0.0).to(tl.float32)
+    up = tl.load(at + F, f < F, 0.0).to(tl.float32)
+    tl.store(y + m.to(tl.int64) * F + f, _act_mul(gate, up, GELU).to(y.dtype.element_ty), f < F)
+
+
+def act_mul(
+    x: torch.Tensor,
+    activation: str,
+    dtype: torch.dtype | None = None,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [M, 2F] is gate | up; returns act(gate) * up [M, F] in `dtype` (x's where it is `None`), float32 inside."""
+    width = x.shape[1] // 2
+    y = torch.empty(x.shape[0], width, dtype=dtype or x.dtype, device=x.device)
+    _act_mul_rows[(x.shape[0], triton.cdiv(width, 1024))](
+        x, y, rows if rows is not None else x, width, 1024, activation != "silu", rows is not None, device.PDL,
+        num_warps=4, **device.launch(),
     )  # fmt: skip
     return y

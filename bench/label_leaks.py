@@ -1,0 +1,149 @@
+"""What gives a label away in the lessons that judges are trained on: a bag of words, overlap and length.
+
+A logistic regression on the statements of the NLI lessons, fitted on half of the clusters and tested on the other: once
+on the words of the statement alone, once on how much of it the passages hold and how long it is. Near 0.5 a judge can
+only learn by reading both.
+
+    python -m bench.label_leaks DATA [--size 8000] [--seed 0] [--out bench/results/label_leaks.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.sparse import csr_matrix
+from scipy.stats import rankdata
+
+from ragate.metrics import INPUT_MARK
+from ragate.tuning.lessons import Lesson
+from ragate.tuning.text import content_words, nearest, overlap, words_of
+
+BUCKETS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """A statement of an NLI lesson."""
+
+    text: str
+    passages: str
+    label: int
+    kind: str
+    cluster: str
+
+
+def rows_of(lessons: Sequence[Lesson]) -> list[Row]:
+    """The statements of all NLI lessons with their verdicts."""
+    found = []
+    for lesson in lessons:
+        if lesson.call == "nli":
+            given, _ = json.JSONDecoder().raw_decode(lesson.prompt.partition(INPUT_MARK)[2])
+            judged = json.loads(lesson.text)["statements"]
+            for said, kind in zip(judged, lesson.kinds, strict=True):
+                row = Row(said["statement"], given["context"], said["verdict"], kind, lesson.cluster)
+                found.append(row)
+    return found
+
+
+def bag(texts: Sequence[str]) -> csr_matrix:
+    """[texts, BUCKETS]: words and pairs of words, hashed; each row of length 1."""
+    columns, starts, values = [], [0], []
+    for text in texts:
+        words = re.findall(r"\w+", text.lower())
+        marks = {*words, *map(" ".join, zip(words, words[1:], strict=False))}
+        columns += [zlib.crc32(mark.encode()) % BUCKETS for mark in marks]
+        values += [len(marks) ** -0.5] * len(marks)
+        starts.append(len(columns))
+    return csr_matrix((values, columns, starts), shape=(len(texts), BUCKETS))
+
+
+def shallow(rows: Sequence[Row]) -> csr_matrix:
+    """[rows, 9]: overlap with all passages and with the nearest sentence, length, and their squares and products."""
+    table = []
+    for row in rows:
+        whole = overlap(row.text, words_of([row.passages]))
+        near = overlap(row.text, set(content_words(nearest(row.text, [row.passages]))))
+        length = min(len(row.text), 400) / 400
+        table.append(
+            [whole, near, length, whole**2, near**2, length**2, whole * near, whole * length, near * length]
+        )
+    return csr_matrix(np.array(table))
+
+
+def held_out_auroc(
+    features: csr_matrix, labels: np.ndarray, clusters: Sequence[str], penalty: float
+) -> float:
+    """AUROC on one half of the clusters of a logistic regression fitted on the other, mean over both directions."""
+    half = np.array([zlib.crc32(f"half {cluster}".encode()) % 2 for cluster in clusters])
+    return float(np.mean([_fit_and_test(features, labels, half == side, penalty) for side in (0, 1)]))
+
+
+def _fit_and_test(features: csr_matrix, labels: np.ndarray, train: np.ndarray, penalty: float) -> float:
+    seen, signs = features[train], 2.0 * labels[train] - 1
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        margin = signs * (seen @ weights[:-1] + weights[-1])
+        pull = -signs / (1 + np.exp(np.clip(margin, -30, 30))) / len(signs)
+        slope = np.append(seen.T @ pull + 2 * penalty * weights[:-1], pull.sum())
+        return float(np.logaddexp(0, -margin).mean() + penalty * weights[:-1] @ weights[:-1]), slope
+
+    fitted = minimize(
+        loss, np.zeros(features.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 200}
+    )
+    return auroc(features[~train] @ fitted.x[:-1], labels[~train])
+
+
+def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Probability that a random 1 scores above a random 0, ties counted half."""
+    ranks, ones = rankdata(scores), int(labels.sum())
+    return float((ranks[labels == 1].sum() - ones * (ones + 1) / 2) / (ones * (len(labels) - ones)))
+
+
+def leaks(rows: Sequence[Row]) -> dict[str, Any]:
+    """AUROC of each shallow model, and of overlap and length each for itself."""
+    labels = np.array([row.label for row in rows])
+    clusters = [row.cluster for row in rows]
+    features = shallow(rows)
+    dense = features.toarray()
+    text = max(held_out_auroc(bag([r.text for r in rows]), labels, clusters, p) for p in (1e-6, 1e-5, 1e-4))
+    return {
+        "statements": len(rows),
+        "supported": int(labels.sum()),
+        "auroc_text_alone": round(text, 4),
+        "auroc_overlap_and_length": round(held_out_auroc(features, labels, clusters, 1e-7), 4),
+        "auroc_overlap": round(auroc(dense[:, 0], labels), 4),
+        "auroc_overlap_nearest": round(auroc(dense[:, 1], labels), 4),
+        "auroc_length": round(auroc(dense[:, 2], labels), 4),
+    }
+
+
+def main() -> None:
+    """Build lessons, measure, print and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, help="folder of labelled data")
+    parser.add_argument("--size", type=int, default=8000, help="lessons to build")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    from ragate.tuning.recipe import build
+
+    result = {"size": args.size, "seed": args.seed, **leaks(rows_of(build(args.seed, args.size, args.data)))}
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
