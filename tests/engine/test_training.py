@@ -226,6 +226,7 @@ def test_the_rate_rises_to_its_peak_and_falls_to_zero() -> None:
     ("change", "said"),
     [
         ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"rank": 2000}, "rank must be at most 1024, got 2000"),
         ({"learning_rate": float("nan")}, "learning_rate must be a number above 0, got nan"),
         ({"warmup": 1.0}, "warmup must be a share of the steps, from 0 up to 1, got 1.0"),
         ({"base": "nf4"}, "base must be dense or packed, got 'nf4'"),

@@ -17,8 +17,11 @@ from test_training import decoder_of, judged
 from bench.random_model import TINY, random_checkpoint
 from ragate_engine import (
     ConfigError,
+    Engine,
+    EngineConfig,
     Example,
     OutOfMemoryError,
+    SamplingParams,
     TrainingError,
     TuneRecipe,
     TuneStep,
@@ -168,6 +171,16 @@ def test_a_real_model_learns_eight_answers_by_heart(tmp_path: Path) -> None:
     assert log_of(tmp_path / "a")[0]["loss"] > 3
     assert report.loss < 0.05
     assert report.held_out is not None and report.held_out < 0.05
+    # and what was learned is answered: by quantized weights with the adapter beside them, trained on them unpacked
+    config = EngineConfig(device="cpu", adapters=(tmp_path / "a",))
+    with Engine(source, config) as engine:
+        asked = [
+            engine.submit(list(e.prompt), SamplingParams(max_tokens=len(e.answer)), adapter="a")
+            for e in examples
+        ]
+        assert [tuple(token.id for token in answer.result().tokens) for answer in asked] == [
+            e.answer for e in examples
+        ]
 
 
 # --- runs -----------------------------------------------------------------------------------------------

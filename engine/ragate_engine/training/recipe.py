@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ragate_engine.errors import ConfigError
+from ragate_engine.lora import MAX_RANK
 from ragate_engine.quantize.layer import LINEARS
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class TuneRecipe:
         for name in ("rank", "epochs", "batch", "pass_tokens", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rank > MAX_RANK:
+            raise ConfigError(f"rank must be at most {MAX_RANK}, got {self.rank}")
         for name in ("alpha", "learning_rate", "clip"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):

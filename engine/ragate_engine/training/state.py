@@ -112,9 +112,8 @@ class Journal:
         text = json.dumps({"settings": self.settings, "steps": self.rows}, indent=1)
         write_whole(self.folder / LOG, (text + "\n").encode())
 
-    def finish(self) -> None:
-        """Write the log for good; the state is needed no more. Raises OSError."""
-        self.write_log()
+    def drop_state(self) -> None:
+        """The run is finished: its state is needed no more. Raises OSError."""
         (self.folder / STATE).unlink(missing_ok=True)
 
 

@@ -108,13 +108,14 @@ class _Run:
                 saved = time.monotonic()
             rate = row["tokens"] / row["seconds"]
             progress(TuneStep(self.done, self.steps, row["loss"], row["rate"], rate, row.get("held_out")))
+        self.journal.write_log()  # first: an adapter that is there ends the run
         write_adapter(
             self.journal.folder,
             self._adapter(),
             self.source.path.name,
             {},
         )
-        self.journal.finish()
+        self.journal.drop_state()
         looks = [row["held_out"] for row in rows if "held_out" in row]
         return TuneReport(
             folder=self.journal.folder,
