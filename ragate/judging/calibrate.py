@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 from ragate.catalog import JudgeChoice
 from ragate.errors import RunError, TestSetError
 from ragate.files import write_whole
+from ragate.gate.baseline import file_name
 from ragate.judging.labelled import Labelled, Subject, load_labelled, spread
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Calibrated:
 def judge_folder(root: Path, named: UrlJudge | JudgeChoice) -> Path:
     """Where what is known of a judge is kept: `.ragate/judge/<judge>`."""
     name = named.name or (named.path.name if isinstance(named, JudgeChoice) else "")
-    return root / ".ragate" / "judge" / (re.sub(r"[^\w.-]+", "-", name).strip("-.") or "judge")
+    return root / ".ragate" / "judge" / file_name(name)
 
 
 def calibrate(
