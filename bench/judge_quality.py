@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--max-batch", type=int, help="requests that run at once")
     parser.add_argument("--adapter", type=Path, help="LoRA adapter that the judges wear")
+    parser.add_argument("--beside", action="store_true", help="keep it beside the weights, not merged")
     parser.add_argument(
         "--render", type=Path, metavar="FILE", help="only write the prompts (.jsonl or .jsonl.gz)"
     )
@@ -180,6 +181,7 @@ def answers_of(judge: str, prompts: Rows, options: argparse.Namespace) -> Rows:
 
         path = model_path(judge)
     config = engine_config(options)
+    worn = {"adapter": options.adapter.name} if options.adapter and options.beside else {}
     started = time.perf_counter()
     with Engine.load(path, config) as engine:
         loaded = time.perf_counter()
@@ -192,7 +194,7 @@ def answers_of(judge: str, prompts: Rows, options: argparse.Namespace) -> Rows:
                 continue
             limit = min(row["octets"], room)
             params = SamplingParams(max_tokens=limit, schema=row["schema"], logprobs=LOGPROBS)
-            found.append((row, engine.submit(ids, params)))
+            found.append((row, engine.submit(ids, params, **worn)))
         rows = []
         for row, future in found:
             if future is None:
@@ -213,6 +215,7 @@ def answers_of(judge: str, prompts: Rows, options: argparse.Namespace) -> Rows:
                 print(f"{judge}: {len(rows)} of {len(found)}", file=sys.stderr)
         header = {
             "judge": judge if options.adapter is None else f"{judge} + {options.adapter.name}",
+            "adapter": None if options.adapter is None else "beside" if options.beside else "merged",
             "describe": engine.describe(),
             "load_seconds": round(loaded - started, 1),
             "seconds": round(time.perf_counter() - loaded, 1),
@@ -225,7 +228,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
     """The engine as the options want it."""
     settings: dict[str, Any] = {"device": options.device, "max_batch": options.max_batch}
     if options.adapter is not None:
-        settings["merge_adapter"] = options.adapter
+        settings |= {"adapters": (options.adapter,)} if options.beside else {"merge_adapter": options.adapter}
     return EngineConfig(**settings)
 
 

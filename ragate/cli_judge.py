@@ -21,8 +21,10 @@ JUDGE = click.option(
 DEVICE = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the judge runs [auto]."
 )
-OUT = click.option("--out", help="Folder for what is written [in .ragate/judge].")
-LIMIT = click.option("--limit", type=int, help="Only so many items.")
+OUT = click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for what is written [in .ragate/judge]."
+)
+LIMIT = click.option("--limit", type=click.IntRange(min=1), help="Only so many items.")
 MAX_BATCH = click.option(
     "--max-batch", type=int, help="Requests that the engine runs at once [64; 1024 on a card]."
 )
@@ -66,6 +68,8 @@ def judge_calibrate(
     judge_: str | None,
     subject: Subject,
     statements: Statements,
+    limit: int | None,
+    out: Path | None,
     format_: str,
     quiet: bool,
     **flags: Any,
@@ -79,7 +83,16 @@ def judge_calibrate(
     settings = settings_of(flags | {"judge": judge_})
     try:
         with prints_to_stderr(), Progress(console(stderr=True), quiet=quiet) as progress:
-            found = calibrate(settings, data, subject, statements, progress.say, progress.on_event)
+            found = calibrate(
+                settings,
+                data,
+                subject,
+                statements,
+                progress.say,
+                progress.on_event,
+                limit=limit,
+                out=out,
+            )
     except KeyboardInterrupt:
         again = shlex.join(["ragate", *click.get_current_context().obj])
         click.echo(f"interrupted: what was judged is safe; run `{again}` again to go on", err=True)
@@ -102,7 +115,9 @@ def judge_calibrate(
 @OUT
 @FORMAT
 @QUIET
-def judge_selftest(judge_: str | None, format_: str, quiet: bool, **flags: Any) -> int:
+def judge_selftest(
+    judge_: str | None, limit: int | None, out: Path | None, format_: str, quiet: bool, **flags: Any
+) -> int:
     """What moves the verdicts of a judge: the same run again, order, batch size; rewrites that change no meaning.
 
     Exit code: 0; 1 where a repetition, another order or batch size moved anything.
@@ -114,7 +129,7 @@ def judge_selftest(judge_: str | None, format_: str, quiet: bool, **flags: Any) 
 
     settings = settings_of(flags | {"judge": judge_})
     with prints_to_stderr(), Progress(console(stderr=True), quiet=quiet) as progress:
-        found, path = selftest(settings, progress.say)
+        found, path = selftest(settings, progress.say, limit=limit, out=out)
     if format_ == "json":
         click.echo(found.model_dump_json(indent=1))
     else:

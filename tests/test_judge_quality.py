@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from bench import judge_quality
 from bench.judge_pairs import pairs_of, summary
 from bench.judge_quality import engine_config, main, read_rows
 from ragate.judging.asks import Row
-from ragate_engine import EngineConfig
 
 
 class LoadedEngine(FakeEngine):
@@ -134,13 +132,12 @@ def test_answering_prompts_needs_neither_ragas_nor_pydantic() -> None:
     assert done.stdout.strip() == "set()", done.stderr
 
 
-def test_an_adapter_reaches_the_engine_or_is_refused() -> None:
-    options = argparse.Namespace(device="cpu", max_batch=None, adapter=Path("folder"))
-    if "adapter" in {field.name for field in dataclasses.fields(EngineConfig)}:
-        assert str(engine_config(options).adapter) == "folder"  # type: ignore[attr-defined]
-    else:
-        with pytest.raises(SystemExit, match="takes no adapter"):
-            engine_config(options)
+def test_an_adapter_is_merged_or_stays_beside_the_weights() -> None:
+    options = argparse.Namespace(device="cpu", max_batch=None, adapter=Path("folder"), beside=False)
+    assert engine_config(options).merge_adapter == Path("folder")
+    options.beside = True
+    beside = engine_config(options)
+    assert (beside.merge_adapter, beside.adapters) == (None, (Path("folder"),))
 
 
 def test_the_gate_with_people_as_its_judge_is_known_for_each_pair_of_generators() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,15 +12,17 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import ValidationError
 
+from ragate.catalog import JudgeChoice
 from ragate.errors import RunError, TestSetError
 from ragate.files import write_whole
+from ragate.gate.baseline import file_name
 from ragate.judging.labelled import Labelled, Subject, load_labelled, spread
 
 if TYPE_CHECKING:
     from ragate.config import Settings
     from ragate.evaluate import Event
     from ragate.journal import Journal
-    from ragate.judge import Judge
+    from ragate.judge import Judge, UrlJudge
     from ragate.judging.asks import Heard
     from ragate.judging.mapping import Calibration
     from ragate.judging.quality import Quality
@@ -45,15 +46,10 @@ class Calibrated:
     written: tuple[Path, ...]
 
 
-def calibration_folder(settings: Settings, data: Path) -> Path:
-    """Where a calibration is kept: `--out`, else `.ragate/judge/<judge>/<data>`."""
-    return Path(settings.out) if settings.out else judge_folder(settings) / data.stem
-
-
-def judge_folder(settings: Settings) -> Path:
-    """Where what is known of the judge is kept: `.ragate/judge/<judge>`."""
-    judge = re.sub(r"[^\w.-]+", "-", Path(settings.judge).name or settings.judge).strip("-.") or "judge"
-    return Path(settings.root) / ".ragate" / "judge" / judge
+def judge_folder(root: Path, named: UrlJudge | JudgeChoice) -> Path:
+    """Where what is known of a judge is kept: `.ragate/judge/<judge>`."""
+    name = named.name or (named.path.name if isinstance(named, JudgeChoice) else "")
+    return root / ".ragate" / "judge" / file_name(name)
 
 
 def calibrate(
@@ -63,20 +59,23 @@ def calibrate(
     statements: Statements,
     say: Say,
     on_event: Callable[[Event], None],
+    *,
+    limit: int | None = None,
+    out: Path | None = None,
 ) -> Calibrated:
-    """Measure the judge of the settings on `data`; writes JSON, the map and the page into the folder.
+    """Measure the judge of the settings on `data`; writes JSON, the map and the page.
 
-    `settings.limit` takes so many items, evenly spaced. What is judged is journaled: a calibration that was stopped
-    goes on. Raises RagateError or EngineError with one sentence.
+    `limit` takes so many items, evenly spaced; the folder is `out`, else `.ragate/judge/<judge>/<data>`. What is judged
+    is journaled: a calibration that was stopped goes on. Raises RagateError or EngineError with one sentence.
     """
     from ragate.journal import DoneEntry, Journal
     from ragate.suite import named_judge, start_judge
 
     items, unlabelled = load_labelled(data, subject)
-    items = spread(items, settings.limit)
+    items = spread(items, limit)
     refuse_one_label(data, items, subject)
-    folder = calibration_folder(settings, data)
     named = named_judge(settings, say)
+    folder = out or judge_folder(Path(settings.root), named) / data.stem
     with ExitStack() as stack:
         journal = stack.enter_context(Journal.open(folder / "journal.jsonl"))
         judge = start_judge(settings, named, say, stack)()

@@ -153,8 +153,14 @@ SCORES: dict[str, Callable[[Row], float]] = {
     "judge, hard verdicts": lambda row: row.hard,
     "word overlap": lambda row: row.overlap,
     "shortness": lambda row: row.brevity,
+    "length": lambda row: -row.brevity,
 }
-"""Name -> score. `shortness` is fewer content words."""
+"""Name -> score. `shortness` is fewer content words, which speaks for an answer; `length` is more, for a context."""
+UNUSED: dict[Subject, tuple[str, ...]] = {
+    "faithfulness": ("length",),
+    "relevance": ("judge, mean over statements", "shortness"),
+}
+"""Scores that say nothing of a subject."""
 
 
 def quality_of(rows: Sequence[Row], source: Source, *, resamples: int = stats.RESAMPLES) -> Quality:
@@ -165,9 +171,7 @@ def quality_of(rows: Sequence[Row], source: Source, *, resamples: int = stats.RE
     codes = stats.group_codes(clusters)
     soft = np.array([row.soft for row in rows], dtype=np.float64)
     hard = np.array([row.hard for row in rows], dtype=np.float64)
-    wanted = [
-        name for name in SCORES if source.subject == "faithfulness" or name != "judge, mean over statements"
-    ]
+    wanted = [name for name in SCORES if name not in UNUSED[source.subject]]
     fitted = fit(soft, labels, codes)
     after = {method: crossfitted(soft, labels, codes, method) for method in METHODS}
     mapped = after[fitted.method]

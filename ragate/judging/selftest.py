@@ -117,8 +117,12 @@ class SelfTest(Frozen):
         return not any(probe.moved or probe.largest_shift for probe in self.probes if probe.strict)
 
 
-def selftest(settings: Settings, say: Say) -> tuple[SelfTest, Path]:
-    """Put the judge of the settings to the test; writes selftest.json and returns its path.
+def selftest(
+    settings: Settings, say: Say, *, limit: int | None = None, out: Path | None = None
+) -> tuple[SelfTest, Path]:
+    """Put the judge of the settings to the test; writes selftest.json into `out` or the judge's folder.
+
+    Asks about `limit` items, by default `ITEMS`. Returns the result and the file's path.
 
     Raises RagateError or EngineError with one sentence.
     """
@@ -127,7 +131,7 @@ def selftest(settings: Settings, say: Say) -> tuple[SelfTest, Path]:
     from ragate.suite import named_judge, start_judge
     from ragate.testset import load_testset, require
 
-    testset = load_testset(settings.testset, limit=settings.limit or ITEMS)
+    testset = load_testset(settings.testset, limit=limit or ITEMS)
     require(testset, ("faithfulness",), True)
     items = [
         Labelled(
@@ -174,8 +178,7 @@ def selftest(settings: Settings, say: Say) -> tuple[SelfTest, Path]:
     result = SelfTest(
         judge=name, testset=testset.name, items=len(items), failed=len(first.failed), probes=tuple(probes)
     )
-    folder = Path(settings.out) if settings.out else judge_folder(settings)
-    path = folder / "selftest.json"
+    path = (out or judge_folder(Path(settings.root), named)) / "selftest.json"
     write_whole(path, result.model_dump_json(indent=1) + "\n")
     return result, path
 

@@ -101,15 +101,29 @@ def auroc_within(
     return _within(_group_ranks(scores, codes), labels, weights)
 
 
-def _group_ranks(scores: Floats, codes: Ints) -> list[tuple[Ints, Ints]]:
-    """(items of a group, their ranks in it) for each group."""
-    members = [np.flatnonzero(codes == code) for code in range(int(codes.max()) + 1 if len(codes) else 0)]
-    return [(each, _ranks(scores[each])) for each in members]
+class _Places(NamedTuple):
+    """Each item's place among the distinct scores of its group, the groups one after the other."""
+
+    of_item: Ints
+    group: Ints
+    """Of each place."""
 
 
-def _within(groups: list[tuple[Ints, Ints]], labels: Ints, weights: Floats) -> float:
-    counts = [_wins(ranks, labels[each], weights[each]) for each, ranks in groups]
-    return _ratio(sum(wins for wins, _ in counts), sum(pairs for _, pairs in counts))
+def _group_ranks(scores: Floats, codes: Ints) -> _Places:
+    pairs = np.stack([codes.astype(np.float64), scores], axis=1)
+    distinct, places = np.unique(pairs, axis=0, return_inverse=True)
+    return _Places(places.reshape(-1).astype(np.int64), distinct[:, 0].astype(np.int64))
+
+
+def _within(places: _Places, labels: Ints, weights: Floats) -> float:
+    size = len(places.group)
+    ones = np.bincount(places.of_item, weights * (labels == 1), minlength=size)
+    zeros = np.bincount(places.of_item, weights * (labels == 0), minlength=size)
+    group_zeros = np.bincount(places.group, zeros)
+    before = np.cumsum(group_zeros) - group_zeros
+    below = np.cumsum(zeros) - zeros - before[places.group]
+    wins = ones @ (below + zeros / 2)
+    return _ratio(float(wins), float(np.bincount(places.group, ones) @ group_zeros))
 
 
 def group_codes(groups: Sequence[Hashable]) -> Ints:

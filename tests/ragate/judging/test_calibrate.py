@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import AXE, CHROMIUM, Browser
 from command import Ragate
 from fake_engine import FakeEngine
 
@@ -66,6 +67,16 @@ def test_a_calibration_writes_figures_a_map_and_a_page(
     assert {"judge_weights", "prompt_faithfulness", "decoding"} <= kept.fingerprint.keys()
     page = (FOLDER / "faithfulness.html").read_text()
     assert "<script" not in page and "&lt;script&gt;alert(" in page
+
+
+def test_what_is_set_for_evaluations_does_not_thin_out_a_calibration(
+    ragate: Ragate, engines: list[FakeEngine], labelled: Callable[..., str]
+) -> None:
+    Path("ragate.toml").write_text('limit = 3\nout = "elsewhere"\njudge = "judge.gguf"\n')
+    assert ragate("judge", "calibrate", labelled(), "-q").code == 0
+    assert len(engines[0].prompts) == 12 and not Path("elsewhere").exists()
+    ended = ragate("judge", "calibrate", labelled(), "-q", "--limit", "6", "--out", "here")
+    assert ended.code == 0 and len(engines[1].prompts) == 6 and Path("here/faithfulness.html").exists()
 
 
 def test_each_call_is_asked_as_ragas_asks_with_our_sentences_as_its_statements(
@@ -195,3 +206,28 @@ def test_a_page_shows_text_of_data_and_judge_as_text() -> None:
     rows[0] = rows[0].model_copy(update={"soft": 0.99, "answer": evil, "question": evil})
     page = render_calibration(quality(rows).model_copy(update={"judge": evil}))
     assert "<script" not in page and "&lt;script&gt;" in page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None or AXE is None, reason="needs chromium and axe-core-python")
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_browser_the_page_is_quiet_accessible_and_no_wider_than_the_window(
+    tmp_path: Path, width: int, scheme: str
+) -> None:
+    assert AXE is not None
+    path = tmp_path / "page.html"
+    path.write_text(render_calibration(quality(good_rows())), encoding="utf-8")
+    with Browser(width=width) as browser:
+        browser.media(prefers_color_scheme=scheme)
+        browser.open(path)
+        reported = browser.reported("Log.entryAdded", "Runtime.exceptionThrown")
+        requests = [each["request"]["url"] for each in browser.reported("Network.requestWillBeSent")]
+        assert reported == [] and requests == [path.as_uri()]
+        assert browser.eval("document.documentElement.scrollWidth") <= width
+        browser.eval(AXE.read_text(encoding="utf-8") + "; 0")
+        found = browser.eval(
+            "axe.run(document).then(r => r.violations.map("
+            "v => [v.impact, v.id, v.nodes.slice(0, 3).map(n => n.html.slice(0, 200))]))"
+        )
+        assert found == []

@@ -81,6 +81,22 @@ def test_within_groups_the_group_wins_nothing() -> None:
     assert math.isnan(auroc_within(np.array([0.1, 0.9]), np.array([0, 1]), ["a", "b"]))
 
 
+@given(scored, st.integers(1, 4))
+def test_within_groups_it_is_the_groups_own_pairs_together(pairs: list[tuple[int, int]], count: int) -> None:
+    scores, labels = arrays(pairs)
+    groups = [i * 7 % count for i in range(len(pairs))]
+    weights = (np.arange(len(pairs)) % 3).astype(float)
+    won = total = 0.0
+    for group in set(groups):
+        own = np.array([each == group for each in groups])
+        size = weights[own & (labels == 1)].sum() * weights[own & (labels == 0)].sum()
+        if size:
+            won += auroc(scores[own], labels[own], weights[own]) * size
+            total += size
+    found = auroc_within(scores, labels, groups, weights)
+    assert found == pytest.approx(won / total, abs=1e-12) if total else math.isnan(found)
+
+
 def test_kappa_of_a_published_example() -> None:
     # Wikipedia, Cohen's kappa: 20 both yes, 15 both no, 5 and 10 apart: 0.4
     labels = np.array([1] * 25 + [0] * 25)
