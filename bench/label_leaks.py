@@ -4,12 +4,14 @@ A logistic regression on the statements of the NLI lessons, fitted on half of th
 on the words of the statement alone, once on how much of it the passages hold and how long it is. Near 0.5 a judge can
 only learn by reading both.
 
-    python -m bench.label_leaks DATA [--size 8000] [--seed 0] [--out bench/results/label_leaks.json]
+    python -m ragate.tuning DATA --out lessons.jsonl.gz
+    python -m bench.label_leaks lessons.jsonl.gz --out bench/results/label_leaks.json
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import re
 import zlib
@@ -23,8 +25,8 @@ from scipy.optimize import minimize
 from scipy.sparse import csr_matrix
 from scipy.stats import rankdata
 
+from bench.result import header, save
 from ragate.metrics import INPUT_MARK
-from ragate.tuning.lessons import Lesson
 from ragate.tuning.text import content_words, nearest, overlap, words_of
 
 BUCKETS = 1 << 16
@@ -37,20 +39,21 @@ class Row:
     text: str
     passages: str
     label: int
-    kind: str
     cluster: str
 
 
-def rows_of(lessons: Sequence[Lesson]) -> list[Row]:
-    """The statements of all NLI lessons with their verdicts."""
+def rows_of(path: Path) -> list[Row]:
+    """The statements of all NLI lessons of a file with their verdicts."""
     found = []
-    for lesson in lessons:
-        if lesson.call == "nli":
-            given, _ = json.JSONDecoder().raw_decode(lesson.prompt.partition(INPUT_MARK)[2])
-            judged = json.loads(lesson.text)["statements"]
-            for said, kind in zip(judged, lesson.kinds, strict=True):
-                row = Row(said["statement"], given["context"], said["verdict"], kind, lesson.cluster)
-                found.append(row)
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for lesson in map(json.loads, lines):
+            if lesson["call"] == "nli":
+                given, _ = json.JSONDecoder().raw_decode(lesson["prompt"].partition(INPUT_MARK)[2])
+                judged = json.loads("".join(piece for piece, _ in lesson["answer"]))["statements"]
+                found += [
+                    Row(said["statement"], given["context"], said["verdict"], lesson["cluster"])
+                    for said in judged
+                ]
     return found
 
 
@@ -127,22 +130,16 @@ def leaks(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Build lessons, measure, print and write."""
+    """Read lessons, measure, print and write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", type=Path, help="folder of labelled data")
-    parser.add_argument("--size", type=int, default=8000, help="lessons to build")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("lessons", type=Path, help="file of lessons")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    from ragate.tuning.recipe import build
-
-    result = {"size": args.size, "seed": args.seed, **leaks(rows_of(build(args.seed, args.size, args.data)))}
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
+    result = header("cpu") | leaks(rows_of(args.lessons))
+    print(json.dumps(result, indent=2))
+    save(result, args.out)
 
 
 if __name__ == "__main__":
