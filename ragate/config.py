@@ -97,6 +97,8 @@ class Settings(BaseModel):
     OpenAI-compatible API with the model after a `#` (`http://host:8000/v1#my-model`; without one, the first that
     it lists). Its API key stands in the environment variable RAGATE_JUDGE_KEY and nowhere else; a user and
     password in the URL are sent as basic authentication instead, and never shown."""
+    adapter: str | None = None
+    """Folder of a LoRA adapter that the judge wears, in PEFT's layout: what `ragate judge tune` makes."""
     target: str = Field("stored", min_length=1)
     """What answers: `stored`, `module:callable`, `http://…` or `cmd:…`. In a file also a table [target] with
     `spec`, `options` and `timeout`."""
@@ -161,7 +163,7 @@ class Settings(BaseModel):
 KEYS = tuple(name for name in Settings.model_fields if name not in ("root", "origins"))
 """The names that can be set."""
 
-_PATHS = ("testset", "baseline", "release", "out", "judge", "calibration")
+_PATHS = ("testset", "baseline", "release", "out", "judge", "adapter", "calibration")
 
 
 def load_settings(flags: Mapping[str, Any], cwd: Path) -> Settings:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from ragate.evaluate import Event
+    from ragate_engine import TuneStep
 
 LINE_EVERY = 15.0
 """Seconds between lines where there is no terminal (CI logs)."""
@@ -32,6 +33,7 @@ class Progress:
         self._lines: dict[str, float] = {}
         self._started = time.monotonic()
         self._judging: tuple[float, Event] | None = None
+        self._held_out = ""
 
     def __enter__(self) -> Progress:
         if not self._quiet and self._console.is_terminal and not self._console.is_dumb_terminal:
@@ -72,6 +74,13 @@ class Progress:
         elif event.items_total and "answering" in self._tasks:
             self._show("answering", event.items_total, event.items_total)
         self._show("judging (calls)", event.calls_done, event.calls_total, self._rates(event))
+
+    def on_step(self, step: TuneStep) -> None:
+        """Training has come so far."""
+        rates = f"loss {step.loss:.3f}, {step.tokens_per_second:,.0f} tok/s"
+        if step.held_out is not None:
+            self._held_out = f", held out {step.held_out:.3f}"
+        self._show("training (steps)", step.step, step.steps, rates + self._held_out)
 
     def _rates(self, event: Event) -> str:
         """How fast it goes since the first call was computed, as much as there is room for: `3.1 items/s, ...`."""

@@ -1,10 +1,11 @@
-"""Engines of this process, one per model file: the judge, the demo's writer and LangChain users share them."""
+"""Engines of this process, one per model and adapter: the judge, the demo's writer and LangChain users share them."""
 
 from __future__ import annotations
 
 import gc
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from ragate_engine import Engine
 
 _lock = threading.Lock()
-_engines: dict[Path, Engine] = {}
+_engines: dict[tuple[Path, Path | None], Engine] = {}
 _config = EngineConfig()
 
 
@@ -24,17 +25,24 @@ def configure(config: EngineConfig) -> None:
     _config = config
 
 
-def open_engine(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Engine:
-    """The engine that serves the model at `path`, loaded on first use. Raises the engine's own errors."""
+def open_engine(
+    path: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    adapter: Path | None = None,
+) -> Engine:
+    """The engine that serves the model at `path`, with `adapter` merged into it, loaded on first use.
+
+    Raises the engine's own errors.
+    """
     from ragate_engine import Engine
 
-    path = path.resolve()
+    key = path.resolve(), adapter.resolve() if adapter is not None else None
     with _lock:
-        if path not in _engines:
-            _engines[path] = Engine.load(path, _config, progress)
+        if key not in _engines:
+            _engines[key] = Engine.load(path, replace(_config, merge_adapter=adapter), progress)
             # what is loaded by now stays: the collector need not walk it again for every few thousand tokens
             gc.freeze()
-        return _engines[path]
+        return _engines[key]
 
 
 def close_engines() -> None:

@@ -144,12 +144,17 @@ def named_judge(settings: Settings, say: Say) -> UrlJudge | catalog.JudgeChoice:
     if is_url(settings.judge):
         from ragate.judge import UrlJudge
 
+        if settings.adapter is not None:
+            raise ConfigError(
+                f"adapter {settings.adapter}: a judge behind a URL wears its own; leave one of the two out"
+            )
         return UrlJudge(settings.judge, api_key=os.environ.get(KEY_VARIABLE))
-    return catalog.resolve_judge(
+    choice = catalog.resolve_judge(
         settings.judge,
         settings.device,
         progress=lambda done, total: say("fetching the judge", done, total),
     )
+    return choice if settings.adapter is None else choice.wearing(Path(settings.adapter))
 
 
 def _judged_until_decided(
@@ -204,17 +209,19 @@ def start_judge(
     if not isinstance(named, catalog.JudgeChoice):
         endpoint = named
         return lambda: endpoint
-    path, name = named.path, named.name or str(named.path)
     # the model loads while ragas and the embeddings are imported: each takes seconds
     loader = stack.enter_context(ThreadPoolExecutor(1, "ragate-load"))
     loading = loader.submit(
-        session.open_engine, path, lambda done, total: say("loading the judge", done, total)
+        session.open_engine,
+        named.path,
+        lambda done, total: say("loading the judge", done, total),
+        named.adapter,
     )
 
     def opened() -> Judge:
         from ragate.judge import EngineJudge
 
-        return EngineJudge(loading.result(), name)
+        return EngineJudge(loading.result(), named.title)
 
     return opened
 

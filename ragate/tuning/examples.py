@@ -9,7 +9,7 @@ import gzip
 import json
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,20 +20,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ragate.tuning.lessons import Lesson
-    from ragate_engine import Tokenizer
+    from ragate_engine import Example, Tokenizer
 
 MAX_TOKENS = 2000
 """Prompt and answer together: a longer lesson costs more than it teaches."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt and the answer to learn after it, as token ids."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-    weights: tuple[float, ...]
-    """Loss weight of each token of the answer; 0 is not trained."""
 
 
 def examples_of(lessons: Sequence[Lesson], tokenizer: Tokenizer, most: int = MAX_TOKENS) -> list[Example]:
@@ -51,6 +41,8 @@ def examples_of(lessons: Sequence[Lesson], tokenizer: Tokenizer, most: int = MAX
 
 def example_of(lesson: Lesson, tokenizer: Tokenizer) -> Example:
     """One lesson as token ids; a token over several pieces of the answer has the largest of their weights."""
+    from ragate_engine import Example
+
     prompt = tokenizer.encode_chat([{"role": "user", "content": lesson.prompt}])
     tokens = tokenizer.encode(lesson.text, special=False)
     by_byte = [weight for piece, weight in lesson.answer for _ in piece.encode()]
@@ -82,6 +74,8 @@ def save_examples(examples: Sequence[Example], path: Path) -> None:
 def load_examples(*paths: Path) -> list[Example]:
     """The examples of some .npz files in a row. Raises TestSetError for a file that is none of ours."""
     import numpy as np
+
+    from ragate_engine import Example
 
     found: list[Example] = []
     for path in paths:
