@@ -51,6 +51,12 @@ class Runner:
             "bfloat16": torch.bfloat16,
             "float16": torch.float16,
         }[config.dtype]
+        if config.kv_dtype != "auto" and checkpoint.config.qkv_bias:
+            # measured on Qwen2.5-1.5B: perplexity 44.9 instead of 19.4
+            raise ConfigError(
+                f"kv_dtype {config.kv_dtype} is not for {checkpoint.path.name}: keys of a model whose k has a bias are "
+                "mostly that bias, and 8 bits lose what is beside it; leave kv_dtype out"
+            )
         if config.kv_dtype != "auto" and not on_card:
             raise ConfigError(f"kv_dtype {config.kv_dtype} needs an NVIDIA card: leave it out on a CPU")
         if config.weights in ("packed", "int8") and not (on_card and self.dtype == torch.bfloat16):

@@ -67,6 +67,12 @@ def test_an_8_bit_cache_is_refused_on_a_cpu_before_a_weight_is_read(kv_dtype) ->
     assert str(refused.value) == f"kv_dtype {kv_dtype} needs an NVIDIA card: leave it out on a CPU"
 
 
+def test_an_8_bit_cache_is_refused_where_keys_have_a_bias() -> None:
+    checkpoint = random_checkpoint(replace(TINY, arch="qwen2", qkv_bias=True))
+    with pytest.raises(ConfigError, match="keys of a model whose k has a bias"):
+        Engine(checkpoint, EngineConfig(device="cpu", kv_dtype="fp8_e4m3"))
+
+
 def test_a_cache_that_was_reset_knows_no_prefix_and_changes_no_answer() -> None:
     prompt = list(range(100, 140))
     with serve() as engine:
