@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field, ValidationError, model_validator
 
 from ragate.errors import ConfigError
@@ -66,13 +67,21 @@ def fit(scores: Floats, labels: Ints, clusters: Ints) -> ScoreMap:
     return fitted.model_copy(update={"method": min(METHODS, key=lambda method: losses[method])})
 
 
+def crossfits(
+    scores: Floats, labels: Ints, clusters: Ints
+) -> list[tuple[npt.NDArray[np.bool_], ScoreMap]]:
+    """Each half of the clusters, as a mask of the items, and the maps fitted on the other; none of one cluster."""
+    first = halves(clusters, SEED)
+    if first.all():
+        return []
+    return [(part, _fitted(scores[~part], labels[~part])) for part in (first, ~first)]
+
+
 def crossfitted(scores: Floats, labels: Ints, clusters: Ints, method: Method) -> Floats:
     """Each half of the clusters mapped as fitted on the other."""
-    first = halves(clusters, SEED)
     mapped = np.array(scores)
-    for part in (first, ~first):
-        if part.any() and (~part).any():
-            mapped[part] = apply(_fitted(scores[~part], labels[~part]), scores[part], method)
+    for part, fitted in crossfits(scores, labels, clusters):
+        mapped[part] = apply(fitted, scores[part], method)
     return mapped
 
 
@@ -142,7 +151,7 @@ class Calibration(Frozen):
 
     Of 0/1 verdicts that is sensitivity + specificity - 1 (Youden 1950)."""
     shown_soft: Share
-    """The same of mapped scores."""
+    """The same of mapped scores, each half of the clusters mapped as fitted on the other."""
 
     def differences(self, fingerprint: dict[str, str]) -> list[str]:
         """The fields in which another fingerprint is another judge or another prompt."""

@@ -16,7 +16,7 @@ from fake_engine import FakeEngine
 from ragate.journal import CallEntry, read_entries
 from ragate.judging.asks import Row, Said, answer_row, said_of
 from ragate.judging.labelled import Labelled
-from ragate.judging.mapping import load_calibration
+from ragate.judging.mapping import apply, crossfitted, load_calibration
 from ragate.judging.quality import Quality, Source, quality_of
 from ragate.report.calibration import headline_of, render_calibration
 from ragate.verdicts import verdict_probabilities
@@ -181,6 +181,17 @@ def test_of_hard_verdicts_sensitivity_and_specificity_less_one_is_shown() -> Non
     found = quality(good_rows())
     now = found.as_it_is
     assert found.shown_hard == pytest.approx(now.sensitivity + now.specificity - 1)
+
+
+def test_a_map_is_not_credited_with_what_it_shows_on_the_items_it_was_fitted_on() -> None:
+    random = np.random.default_rng(3)
+    rows = [row(f"r{i}", i % 2, round(float(random.uniform(0, 0.2)), 6)) for i in range(200)]
+    found = quality(rows)
+    soft, labels = np.array([each.soft for each in rows]), np.arange(200) % 2
+    mapped = crossfitted(soft, labels, np.arange(200), found.scores_map.method)
+    assert found.shown_soft == pytest.approx(mapped[labels == 1].mean() - mapped[labels == 0].mean())
+    own = apply(found.scores_map, soft, found.scores_map.method)
+    assert found.shown_soft < own[labels == 1].mean() - own[labels == 0].mean()
 
 
 def test_figures_outlive_their_json_even_where_they_are_no_number() -> None:
