@@ -335,7 +335,9 @@ def known_accuracy(settings: Settings, run: Run) -> dict[str, float]:
         return known
     shown = calibration.shown_hard if FIELD not in run.fingerprint else calibration.shown_soft
     accuracy = (1 + shown) / 2
-    return known | {calibration.metric: accuracy} if accuracy > 0.5 else known  # 0.5 guesses, and shows no drop
+    return (
+        known | {calibration.metric: accuracy} if accuracy > 0.5 else known
+    )  # 0.5 guesses, and shows no drop
 
 
 def load_release(settings: Settings) -> Baseline | None:

@@ -272,7 +272,9 @@ def merging(
         wide = weight.dequantize(torch.float32) if isinstance(weight, QuantTensor) else weight.float()
         added = multiply((pair.b * adapter.scale).to(wide.device), pair.a.to(wide.device))
         if not torch.isfinite(added).all():
-            raise ConfigError(f"adapter {adapter.name}'s numbers for {name} are too large for float32: train it again")
+            raise ConfigError(
+                f"adapter {adapter.name}'s numbers for {name} are too large for float32: train it again"
+            )
         return wide + added
 
     return load_merged

@@ -67,9 +67,7 @@ def fit(scores: Floats, labels: Ints, clusters: Ints) -> ScoreMap:
     return fitted.model_copy(update={"method": min(METHODS, key=lambda method: losses[method])})
 
 
-def crossfits(
-    scores: Floats, labels: Ints, clusters: Ints
-) -> list[tuple[npt.NDArray[np.bool_], ScoreMap]]:
+def crossfits(scores: Floats, labels: Ints, clusters: Ints) -> list[tuple[npt.NDArray[np.bool_], ScoreMap]]:
     """Each half of the clusters, as a mask of the items, and the maps fitted on the other; none of one cluster."""
     first = halves(clusters, SEED)
     if first.all():

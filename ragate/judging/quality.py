@@ -178,7 +178,7 @@ def quality_of(rows: Sequence[Row], source: Source, *, resamples: int = stats.RE
     # what a map shows on the items that it was fitted on is more than it shows on others
     statement_means = np.array([row.mean for row in rows])
     for part, other in crossfits(soft, labels, codes):
-        for i in np.flatnonzero(part):
+        for i in np.flatnonzero(part).tolist():
             said = np.array([s.probability for s in rows[i].said])
             statement_means[i] = apply(other, said, fitted.method).mean()
     return Quality(

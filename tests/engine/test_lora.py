@@ -379,7 +379,9 @@ def test_numbers_that_the_engine_s_type_cannot_hold_are_refused() -> None:
 def test_a_scale_that_float32_cannot_hold_is_not_merged() -> None:
     huge = replace(random_adapter(TINY, "judge", leaves=("o",)), scale=1e300)
     load = merging(lambda name: torch.zeros(64, 64), huge, torch.matmul)
-    with pytest.raises(ConfigError, match=r"adapter judge's numbers for layers\.0\.o are too large for float32"):
+    with pytest.raises(
+        ConfigError, match=r"adapter judge's numbers for layers\.0\.o are too large for float32"
+    ):
         load("layers.0.o")
 
 
@@ -399,7 +401,9 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
     assert len(list((tmp_path / "judge").iterdir())) == 2
 
 
-def test_a_full_disk_is_an_oserror_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_oserror_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = written(random_adapter(TINY, "judge"), tmp_path)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 

@@ -154,7 +154,7 @@ def test_means_that_differ_by_rounding_show_nothing_of_a_drop(tmp_path: Path) ->
 
 
 def test_a_map_that_shows_more_than_a_drop_is_refused_by_its_field(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="map.json: shown_hard: Input should be less than or equal to 1"):
+    with pytest.raises(ConfigError, match=r"map\.json: shown_hard: Input should be less than or equal to 1"):
         known(tmp_path, {}, shown_hard=3.0)
 
 
@@ -163,6 +163,8 @@ def test_a_broken_map_is_found_out_before_the_judging(ragate: Any, scores: str) 
     Path("map.json").write_text("{}")
     row = {"question": "Q?", "reference": "R.", "answer": "A.", "contexts": ["c"]}
     Path("cases.jsonl").write_text(json.dumps(row) + "\n")
-    Path("ragate.toml").write_text(f'scores = "{scores}"\ncalibration = "map.json"\ntestset = "cases.jsonl"\n')
+    Path("ragate.toml").write_text(
+        f'scores = "{scores}"\ncalibration = "map.json"\ntestset = "cases.jsonl"\n'
+    )
     ended = ragate("eval", "--judge", "none.gguf", "-q")
     assert ended.code == 4 and "map.json: judge: Field required" in ended.err

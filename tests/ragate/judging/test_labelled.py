@@ -95,7 +95,9 @@ def test_word_overlap_counts_content_words_found_in_any_context() -> None:
 def test_a_line_ends_at_its_newline_and_at_no_other_separator_of_unicode(tmp_path: Path) -> None:
     row = ROW | {"answer": "One.\u2028Two.\x85Three."}
     path = tmp_path / "labelled.jsonl"
-    path.write_bytes(b"".join(json.dumps(row | {"id": i}, ensure_ascii=False).encode() + b"\r\n" for i in "ab"))
+    path.write_bytes(
+        b"".join(json.dumps(row | {"id": i}, ensure_ascii=False).encode() + b"\r\n" for i in "ab")
+    )
     items, _ = load_labelled(path, "faithfulness")
     assert [item.answer for item in items] == [row["answer"]] * 2
 
