@@ -485,6 +485,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         tensors_with(lambda t: t.update({"base_model.model.lm_head.lora_A.weight": t[A].clone()})),
         r"base_model\.model\.lm_head\.lora_A\.weight is not served: an adapter may change q_proj, .*down_proj",
     ),
+    "a half twice": (
+        tensors_with(lambda t: t.update({A.replace(".weight", ".default.weight"): 2 * t[A]})),
+        r"q_proj\.lora_A\.(default\.)?weight and .*q_proj\.lora_A\.(default\.)?weight are of one weight",
+    ),
     "nothing": (tensors_with(lambda t: t.clear()), "holds no tensor"),
     "infinity": (tensors_with(not_finite), rf"{A} holds NaN or infinity"),
     "whole numbers": (tensors_with(lambda t: t.update({A: t[A].to(torch.int8)})), rf"{A} is torch\.int8"),
