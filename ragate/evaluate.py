@@ -379,7 +379,7 @@ class _Evaluation:
         except RagateError:
             raise
         except Exception as e:
-            return AnswerEntry(key=key, error=_clean(f"the target failed: {_sentence(e)}"))
+            return AnswerEntry(key=key, error=_clean(f"the target failed: {sentence_of(e)}"))
         contexts = None if answer.contexts is None else tuple(map(_clean, answer.contexts))
         return AnswerEntry(key=key, answer=_clean(answer.answer), contexts=contexts)
 
@@ -429,7 +429,7 @@ class _Evaluation:
         except TruncatedError as e:
             return "truncated", None, str(e), ()
         except Exception as e:
-            return "error", None, _clean(_sentence(e)), ()
+            return "error", None, _clean(sentence_of(e)), ()
 
     async def _unless_stalled(self, scoring: Coroutine[Any, Any, Any]) -> Any:
         """Await `scoring`; TimeoutError once nothing at all has moved for `call_timeout` seconds.
@@ -510,7 +510,7 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _sentence(error: Exception) -> str:
+def sentence_of(error: Exception) -> str:
     """One line about an exception: its text, with its type where that is not one of ours."""
     text = " ".join(str(error).split())[:500]
     ours = type(error).__module__.partition(".")[0] in ("ragate", "ragate_engine")

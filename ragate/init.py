@@ -73,8 +73,9 @@ threshold_mode = "relative"
 # release = "baselines/RELEASE.json"
 # The judge's balanced accuracy on labelled data, where you know it: how large a true drop can be seen.
 # judge_accuracy = 0.8
-# Or the map that `ragate judge calibrate` wrote for this judge, which says it; soft scores go through it as well.
-# calibration = ".ragate/judge/JUDGE/LABELLED/faithfulness-map.json"
+# Or the map that `ragate judge calibrate` wrote for this judge, which says it; soft scores go through it as well. It is
+# written into .ragate/, which is not committed: copy it here.
+# calibration = "baselines/faithfulness-map.json"
 # "hard" is a score of verdicts, as ragas makes it; "soft" is one of their probabilities.
 # scores = "soft"
 

@@ -120,7 +120,7 @@ def run_suite(
     if update and not force and baseline is not None:
         refuse_fewer_metrics(baseline, settings.metrics, path)
     release = load_release(settings)
-    load_soft(settings)  # a broken map, too, is to be found out before the judging
+    load_known(settings)  # a broken map, too, is to be found out before the judging
     if testset.reserve and (settings.reserve == "always" or (update and settings.reserve == "auto")):
         testset = testset.with_reserve()
     # before the run folder: a mistyped judge leaves nothing behind
@@ -341,7 +341,10 @@ def known_accuracy(settings: Settings, run: Run) -> dict[str, float]:
     if calibration is None or calibration.differences(run.fingerprint):
         return known
     shown = calibration.shown_hard if FIELD not in run.fingerprint else calibration.shown_soft
-    return known | {calibration.metric: (1 + shown) / 2} if shown > 0 else known
+    accuracy = (1 + shown) / 2
+    return (
+        known | {calibration.metric: accuracy} if accuracy > 0.5 else known
+    )  # 0.5 guesses, and shows no drop
 
 
 def load_release(settings: Settings) -> Baseline | None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ragate_engine.config import ModelConfig
 from ragate_engine.errors import ConfigError, ModelFileError
@@ -130,7 +130,9 @@ def _read_pairs(path: Path, config: ModelConfig, rank: int, base: str) -> dict[s
             halves: dict[str, dict[str, str]] = {}
             for key in file.keys():  # noqa: SIM118  (not a dict)
                 name, half = _canonical(path, key)
-                halves.setdefault(name, {})[half] = key
+                first = halves.setdefault(name, {}).setdefault(half, key)
+                if first != key:
+                    raise ModelFileError(f"{path}: {first} and {key} are of one weight: save the adapter again")
             if not halves:
                 raise ModelFileError(f"{path} holds no tensor: save the adapter again")
             pairs: dict[str, Pair] = {}
@@ -232,12 +234,22 @@ def write_adapter(folder: str | Path, adapter: Adapter, base: str, extra: Mappin
         "use_rslora": False,
         "inference_mode": True,
     }
-    made = folder / f"{WEIGHTS}.{os.getpid()}"
-    save_file(tensors, made, metadata={"format": "pt"})
-    os.replace(made, folder / WEIGHTS)
-    made = folder / f"{CONFIG}.{os.getpid()}"
-    made.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    os.replace(made, folder / CONFIG)
+    _write_whole(folder / WEIGHTS, save(tensors, {"format": "pt"}))
+    _write_whole(folder / CONFIG, (json.dumps(fields, indent=2) + "\n").encode())
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Replace `path` at once: temporary file, fsync, rename. Raises OSError, nothing left behind."""
+    made = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(made, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(made, path)
+    except OSError:
+        made.unlink(missing_ok=True)
+        raise
 
 
 # ---- added to the weights ----
@@ -260,7 +272,12 @@ def merging(
         if pair is None:
             return weight
         wide = weight.dequantize(torch.float32) if isinstance(weight, QuantTensor) else weight.float()
-        return wide + multiply((pair.b * adapter.scale).to(wide.device), pair.a.to(wide.device))
+        added = multiply((pair.b * adapter.scale).to(wide.device), pair.a.to(wide.device))
+        if not torch.isfinite(added).all():
+            raise ConfigError(
+                f"adapter {adapter.name}'s numbers for {name} are too large for float32: train it again"
+            )
+        return wide + added
 
     return load_merged
 

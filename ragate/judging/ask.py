@@ -9,8 +9,8 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
 from ragate.errors import RagateError
-from ragate.evaluate import Event
-from ragate.judge import Judge, JudgeError
+from ragate.evaluate import Event, sentence_of
+from ragate.judge import Judge
 from ragate.judging.asks import Ask, Heard, said_of
 from ragate.judging.labelled import Labelled
 from ragate.judging.prompts import MODELS
@@ -40,8 +40,8 @@ async def ask_all(
             )
         except RagateError:
             raise
-        except (JudgeError, TimeoutError) as e:
-            heard.failed[ask.item] = str(e)
+        except Exception as e:  # whatever an endpoint sends: it fails one item, as in an evaluation
+            heard.failed[ask.item] = sentence_of(e)
         done += 1
         total = len(asks)
         on_event(Event("call", 0, calls_done=done, calls_total=total, calls_computed=len(judge.call_ms)))

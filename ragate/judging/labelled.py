@@ -50,7 +50,8 @@ def load_labelled(path: Path, subject: Subject) -> tuple[list[Labelled], int]:
     line and field.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # not splitlines: JSON may hold U+2028 and its like as they are
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as e:
         raise TestSetError(
             f"{path}: cannot be read: {e.strerror}; name a .jsonl file of labelled answers"
@@ -103,7 +104,7 @@ def _item(path: Path, number: int, line: str) -> Labelled:
         raise TestSetError(f"{where}: question: expected a text, got {question!r:.60}")
     source = row.get("source_id")
     same = hashlib.sha256("\n".join(contexts).encode("utf-8", "replace")).hexdigest()[:16]
-    return Labelled(
+    item = Labelled(
         id=str(number if row.get("id") is None else row["id"]),
         question=question or NO_QUESTION,
         contexts=tuple(contexts),
@@ -113,6 +114,13 @@ def _item(path: Path, number: int, line: str) -> Labelled:
         generator=str(row.get("generator") or ""),
         cluster=same if source is None else str(source),
     )
+    used = {"id": item.id, "answer": answer, "question": item.question, "generator": item.generator}
+    for field, text in [*used.items(), ("source_id", item.cluster), *((name, text) for text in contexts)]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise TestSetError(f"{where}: {field}: half of a surrogate pair at character {e.start}") from None
+    return item
 
 
 def _label(where: str, field: str, value: Any) -> int | None:

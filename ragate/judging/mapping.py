@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field, ValidationError, model_validator
 
 from ragate.errors import ConfigError
@@ -22,8 +23,11 @@ LEAST = 1e-6
 LOOSE_FIELDS = ("judge_backend", "judge_dtype", "judge_engine", "ragas", "pydantic")
 """Fields of the fingerprint that move a probability by rounding alone (a map made on a card holds on a CPU), or not at
 all while the prompt's hash stays."""
+ADAPTER_FIELDS = ("judge_adapter", "judge_merged_adapter")
+"""Fields that only a judge with an adapter has: to have none of them is to be another judge, too."""
 
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 
 
 class ScoreMap(Frozen):
@@ -63,13 +67,19 @@ def fit(scores: Floats, labels: Ints, clusters: Ints) -> ScoreMap:
     return fitted.model_copy(update={"method": min(METHODS, key=lambda method: losses[method])})
 
 
+def crossfits(scores: Floats, labels: Ints, clusters: Ints) -> list[tuple[npt.NDArray[np.bool_], ScoreMap]]:
+    """Each half of the clusters, as a mask of the items, and the maps fitted on the other; none of one cluster."""
+    first = halves(clusters, SEED)
+    if first.all():
+        return []
+    return [(part, _fitted(scores[~part], labels[~part])) for part in (first, ~first)]
+
+
 def crossfitted(scores: Floats, labels: Ints, clusters: Ints, method: Method) -> Floats:
     """Each half of the clusters mapped as fitted on the other."""
-    first = halves(clusters, SEED)
     mapped = np.array(scores)
-    for part in (first, ~first):
-        if part.any() and (~part).any():
-            mapped[part] = apply(_fitted(scores[~part], labels[~part]), scores[part], method)
+    for part, fitted in crossfits(scores, labels, clusters):
+        mapped[part] = apply(fitted, scores[part], method)
     return mapped
 
 
@@ -134,19 +144,19 @@ class Calibration(Frozen):
     fingerprint: dict[str, str]
     """The fields of a run's fingerprint that the judge and this metric's prompt have."""
     scores: ScoreMap
-    shown_hard: float
+    shown_hard: Share
     """Share of a true drop that hard scores show: their mean over label 1 less their mean over label 0.
 
     Of 0/1 verdicts that is sensitivity + specificity - 1 (Youden 1950)."""
-    shown_soft: float
-    """The same of mapped scores."""
+    shown_soft: Share
+    """The same of mapped scores, each half of the clusters mapped as fitted on the other."""
 
     def differences(self, fingerprint: dict[str, str]) -> list[str]:
         """The fields in which another fingerprint is another judge or another prompt."""
         return [
             name
-            for name, value in self.fingerprint.items()
-            if name not in LOOSE_FIELDS and fingerprint.get(name) != value
+            for name in dict.fromkeys((*self.fingerprint, *ADAPTER_FIELDS))
+            if name not in LOOSE_FIELDS and fingerprint.get(name) != self.fingerprint.get(name)
         ]
 
 

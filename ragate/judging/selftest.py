@@ -17,6 +17,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ragate.errors import RunError
 from ragate.files import write_whole
 from ragate.judging.asks import CALLS, Ask, Heard, Said
 from ragate.judging.labelled import NO_QUESTION, Labelled
@@ -150,10 +151,13 @@ def selftest(
     with ExitStack() as stack:
         judge = start_judge(settings, named, say, stack)()
         name = judge.name
-        first, again, backwards = (
+        first = asyncio.run(_round(judge, _asks(items), items, partial(say, "first round")))
+        if not first.said:  # what says nothing moves nothing
+            why = next(iter(first.failed.values()), "no answer of it holds a statement")
+            raise RunError(f"{testset.name}: the judge gave no verdict on any item: {why}")
+        again, backwards = (
             asyncio.run(_round(judge, asks, items, partial(say, title)))
             for title, asks in (
-                ("first round", _asks(items)),
                 ("the same again", _asks(items)),
                 ("last item first", _asks(items)[::-1]),
             )

@@ -9,6 +9,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from ragate import __version__
+from ragate.gate.verdict import MIN_CLUSTERS
 from ragate.report.charts import heights, path_of
 from ragate.report.html import csp_hash, environment, page_part
 from ragate.report.untrusted import plain
@@ -40,6 +41,13 @@ def headline_of(quality: Quality) -> Headline:
         f"{'+' if gain.value > 0 else ''}{number(gain.value)} AUROC against word overlap ({bounds(gain)})"
     )
     sentence = f"judge {quality.judge} {told}; {against}"
+    if quality.clusters < MIN_CLUSTERS:  # resamples of so few are alike: their intervals have no width
+        return Headline(
+            "open",
+            "TOO FEW SOURCES TO TELL",
+            f"{sentence}; the {quality.items} items are of {quality.clusters} sources, intervals take "
+            f"{MIN_CLUSTERS} or more",
+        )
     if not auroc.lower > 0.5:  # NaN too: nothing is shown
         return Headline("fail", "NO BETTER THAN CHANCE", sentence)
     if gain.upper < 0:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ragate.errors import ConfigError, RagateError
+from ragate_engine import EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,7 +72,7 @@ def main(
             click.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
         for model, prefix in tokens:
             _write_tokens(made, model, prefix)
-    except RagateError as e:
+    except (RagateError, EngineError) as e:
         raise click.ClickException(str(e)) from None
     except OSError as e:
         raise click.ClickException(f"{e.filename}: {e.strerror}; name another place to write to") from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -374,6 +376,15 @@ def test_numbers_that_the_engine_s_type_cannot_hold_are_refused() -> None:
         LowRank.of([huge], TINY, ["layers.0.o"], reference, torch.float16, CPU)
 
 
+def test_a_scale_that_float32_cannot_hold_is_not_merged() -> None:
+    huge = replace(random_adapter(TINY, "judge", leaves=("o",)), scale=1e300)
+    load = merging(lambda name: torch.zeros(64, 64), huge, torch.matmul)
+    with pytest.raises(
+        ConfigError, match=r"adapter judge's numbers for layers\.0\.o are too large for float32"
+    ):
+        load("layers.0.o")
+
+
 # ---- the folder ----
 
 
@@ -388,6 +399,21 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
     assert fields["base_model_name_or_path"] == "org/base"
     assert fields["target_modules"] == ALL
     assert len(list((tmp_path / "judge").iterdir())) == 2
+
+
+def test_a_full_disk_is_an_oserror_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = written(random_adapter(TINY, "judge"), tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_adapter(folder, random_adapter(TINY, "judge", seed=9), "base", {})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_an_adapter_that_diverged_is_not_written(tmp_path: Path) -> None:
@@ -458,6 +484,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "another target": (
         tensors_with(lambda t: t.update({"base_model.model.lm_head.lora_A.weight": t[A].clone()})),
         r"base_model\.model\.lm_head\.lora_A\.weight is not served: an adapter may change q_proj, .*down_proj",
+    ),
+    "a half twice": (
+        tensors_with(lambda t: t.update({A.replace(".weight", ".default.weight"): 2 * t[A]})),
+        r"q_proj\.lora_A\.(default\.)?weight and .*q_proj\.lora_A\.(default\.)?weight are of one weight",
     ),
     "nothing": (tensors_with(lambda t: t.clear()), "holds no tensor"),
     "infinity": (tensors_with(not_finite), rf"{A} holds NaN or infinity"),

@@ -233,6 +233,7 @@ def test_the_rate_rises_to_its_peak_and_falls_to_zero() -> None:
         ({"targets": ("q", "head")}, "there is no linear 'head' to adapt: choose from q, k, v, o, gate, up, down"),
         ({"targets": ()}, "targets must name each linear once and one at least"),
         ({"weight_decay": -1.0}, "weight_decay must be 0 or more, got -1.0"),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
     ],
 )  # fmt: skip
 def test_a_recipe_that_cannot_be_followed_is_refused_by_its_field(

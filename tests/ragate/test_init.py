@@ -175,6 +175,12 @@ def test_the_commenter_installs_all_that_a_comment_imports() -> None:
     assert named - brought - optional - {"ragate"} <= set(COMMENT_PACKAGES)
 
 
+def test_no_file_that_the_settings_suggest_is_one_that_git_ignores(tmp_path: Path) -> None:
+    settings = dict(plan_init(tmp_path))[tmp_path / "ragate.toml"]
+    suggested = re.findall(r'(?m)^#? ?(?:baseline|release|calibration) = "(.+)"$', settings)
+    assert len(suggested) == 3 and not [path for path in suggested if path.startswith(".ragate")]
+
+
 # This repository
 
 

@@ -100,6 +100,14 @@ def test_a_map_of_another_judge_is_refused_by_name(tmp_path: Path) -> None:
         run_of(tmp_path, SoftScores(calibration({"judge_weights": "other"})))
 
 
+@pytest.mark.parametrize("field", ["judge_merged_adapter", "judge_adapter"])
+def test_a_map_of_the_base_is_none_of_the_judge_with_an_adapter_nor_the_other_way(field: str) -> None:
+    base = {"judge_weights": "w", "prompt_faithfulness": "p"}
+    tuned = base | {field: "digest"}
+    assert calibration(base).differences(tuned) == calibration(tuned).differences(base) == [field]
+    assert calibration(tuned).differences(tuned) == []
+
+
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=8))
 def test_of_certain_verdicts_the_soft_precision_is_that_of_ragas(verdicts: list[int]) -> None:
     theirs = ContextPrecision._calculate_average_precision(None, verdicts)
@@ -122,9 +130,12 @@ def test_a_judge_without_probabilities_has_no_soft_scores() -> None:
         SoftScores().value("faithfulness", [claim(0.5), claim(None)])
 
 
-def known(folder: Path, fingerprint: dict[str, str], **settings: Any) -> dict[str, float]:
+def known(
+    folder: Path, fingerprint: dict[str, str], shown_hard: float = 0.5, **settings: Any
+) -> dict[str, float]:
     path = folder / "map.json"
-    save_calibration(calibration({"judge_weights": "w", "prompt_faithfulness": "p"}), path)
+    made = calibration({"judge_weights": "w", "prompt_faithfulness": "p"})
+    save_calibration(made.model_copy(update={"shown_hard": shown_hard}), path)
     run = Run.model_construct(metrics=("faithfulness", "context_recall"), fingerprint=fingerprint)
     return known_accuracy(Settings(calibration=str(path), **settings), run)
 
@@ -137,10 +148,23 @@ def test_the_gate_is_told_what_the_scores_of_this_judge_show_of_a_drop(tmp_path:
     assert known(tmp_path, mine | {"judge_weights": "other"}) == {}
 
 
-def test_a_broken_map_is_found_out_before_the_judging(ragate: Any) -> None:
+def test_means_that_differ_by_rounding_show_nothing_of_a_drop(tmp_path: Path) -> None:
+    mine = {"judge_weights": "w", "prompt_faithfulness": "p"}
+    assert known(tmp_path, mine, shown_hard=5e-17) == known(tmp_path, mine, shown_hard=-0.1) == {}
+
+
+def test_a_map_that_shows_more_than_a_drop_is_refused_by_its_field(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"map\.json: shown_hard: Input should be less than or equal to 1"):
+        known(tmp_path, {}, shown_hard=3.0)
+
+
+@pytest.mark.parametrize("scores", ["soft", "hard"])
+def test_a_broken_map_is_found_out_before_the_judging(ragate: Any, scores: str) -> None:
     Path("map.json").write_text("{}")
     row = {"question": "Q?", "reference": "R.", "answer": "A.", "contexts": ["c"]}
     Path("cases.jsonl").write_text(json.dumps(row) + "\n")
-    Path("ragate.toml").write_text('scores = "soft"\ncalibration = "map.json"\ntestset = "cases.jsonl"\n')
+    Path("ragate.toml").write_text(
+        f'scores = "{scores}"\ncalibration = "map.json"\ntestset = "cases.jsonl"\n'
+    )
     ended = ragate("eval", "--judge", "none.gguf", "-q")
     assert ended.code == 4 and "map.json: judge: Field required" in ended.err

@@ -280,6 +280,13 @@ def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
     assert "ragbench_validation.jsonl: cannot be read: No such file" in done.output
 
 
+def test_a_model_that_is_not_there_is_one_sentence(data: Path, tmp_path: Path) -> None:
+    args = [str(data), "--size", "100", "--halueval", str(data), "--tokens", str(tmp_path / "no.gguf"), "x"]
+    done = CliRunner().invoke(main, args)
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
+    assert f"Error: {tmp_path / 'no.gguf'}" in done.output
+
+
 def test_the_command_writes_lessons_that_come_back(data: Path, tmp_path: Path) -> None:
     args = [
         str(data),

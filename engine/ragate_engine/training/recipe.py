@@ -78,6 +78,8 @@ class TuneRecipe:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name} must be 0 or more, got {value}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must be 0 or more, got {self.seed}")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup must be a share of the steps, from 0 up to 1, got {self.warmup}")
         if self.base not in ("dense", "packed"):

@@ -16,9 +16,10 @@ from fake_engine import FakeEngine
 from ragate.journal import CallEntry, read_entries
 from ragate.judging.asks import Row, Said, answer_row, said_of
 from ragate.judging.labelled import Labelled
-from ragate.judging.mapping import load_calibration
+from ragate.judging.mapping import apply, crossfitted, load_calibration
 from ragate.judging.quality import Quality, Source, quality_of
 from ragate.report.calibration import headline_of, render_calibration
+from ragate.verdicts import verdict_probabilities
 
 FOLDER = Path(".ragate/judge/judge.gguf/labelled")
 
@@ -182,6 +183,17 @@ def test_of_hard_verdicts_sensitivity_and_specificity_less_one_is_shown() -> Non
     assert found.shown_hard == pytest.approx(now.sensitivity + now.specificity - 1)
 
 
+def test_a_map_is_not_credited_with_what_it_shows_on_the_items_it_was_fitted_on() -> None:
+    random = np.random.default_rng(3)
+    rows = [row(f"r{i}", i % 2, round(float(random.uniform(0, 0.2)), 6)) for i in range(200)]
+    found = quality(rows)
+    soft, labels = np.array([each.soft for each in rows]), np.arange(200) % 2
+    mapped = crossfitted(soft, labels, np.arange(200), found.scores_map.method)
+    assert found.shown_soft == pytest.approx(mapped[labels == 1].mean() - mapped[labels == 0].mean())
+    own = apply(found.scores_map, soft, found.scores_map.method)
+    assert found.shown_soft < own[labels == 1].mean() - own[labels == 0].mean()
+
+
 def test_figures_outlive_their_json_even_where_they_are_no_number() -> None:
     found = quality([row("a", 1, 0.9, cluster="s"), row("b", 0, 0.2, cluster="s")])
     assert math.isnan(found.scores[0].balanced_accuracy.value)  # one source has no two halves
@@ -198,6 +210,31 @@ def test_the_headline_is_against_a_coin_and_against_word_overlap() -> None:
     assert headline_of(quality(same)).word == "NOT SHOWN TO BE BETTER THAN WORD OVERLAP"
     guess = [each.model_copy(update={"soft": 0.5}) for each in good]
     assert headline_of(quality(guess)).word == "NO BETTER THAN CHANCE"
+
+
+@pytest.mark.parametrize("sources", [1, 2, 9])
+def test_a_judge_is_not_called_good_by_fewer_sources_than_intervals_take(sources: int) -> None:
+    rows = [row(f"r{i}", i % 2, 0.1 + 0.8 * (i % 2), cluster=f"s{i % sources}") for i in range(40)]
+    found = headline_of(quality(rows))
+    assert (found.tone, found.word) == ("open", "TOO FEW SOURCES TO TELL")
+    assert f"40 items are of {sources} sources, intervals take 10" in found.sentence
+    more = [each.model_copy(update={"cluster": f"s{i // 4}"}) for i, each in enumerate(rows)]
+    assert headline_of(quality(more)).word == "BETTER THAN WORD OVERLAP"
+
+
+def test_a_verdict_that_cannot_be_read_fails_its_item_alone(
+    ragate: Ragate, engines: list[FakeEngine], labelled: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(text: str, tokens: object) -> tuple[float, ...]:
+        if "number 3" in text:
+            raise OverflowError("a logprob of 9999")
+        return verdict_probabilities(text, tokens)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("ragate.judge.verdict_probabilities", read)
+    ended = ragate("judge", "calibrate", labelled(), "--judge", "judge.gguf", "-q")
+    assert ended.code == 0, ended.err
+    found = Quality.model_validate_json((FOLDER / "faithfulness-sentences.json").read_text())
+    assert found.failed == ("item-3",) and found.items == 11
 
 
 def test_a_page_shows_text_of_data_and_judge_as_text() -> None:

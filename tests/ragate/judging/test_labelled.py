@@ -90,3 +90,23 @@ def test_word_overlap_counts_content_words_found_in_any_context() -> None:
     assert content_words("The cat isn't on the Mat, based on Passage 3.") == ["cat", "isn't", "mat", "3"]
     assert overlap("The black cat sat on 2 mats", ["A cat SAT.", "two mats"]) == pytest.approx(3 / 5)
     assert overlap("it is the", ["anything"]) == 1.0
+
+
+def test_a_line_ends_at_its_newline_and_at_no_other_separator_of_unicode(tmp_path: Path) -> None:
+    row = ROW | {"answer": "One.\u2028Two.\x85Three."}
+    path = tmp_path / "labelled.jsonl"
+    path.write_bytes(
+        b"".join(json.dumps(row | {"id": i}, ensure_ascii=False).encode() + b"\r\n" for i in "ab")
+    )
+    items, _ = load_labelled(path, "faithfulness")
+    assert [item.answer for item in items] == [row["answer"]] * 2
+
+
+@pytest.mark.parametrize("field", ["id", "answer", "question", "generator", "source_id"])
+def test_text_that_is_no_unicode_is_refused_by_its_field(tmp_path: Path, field: str) -> None:
+    path = written(tmp_path, ROW, ROW | {"id": "b", field: "x\ud800"})
+    with pytest.raises(TestSetError, match=f":2: {field}: half of a surrogate pair at character 1"):
+        load_labelled(path, "faithfulness")
+    path = written(tmp_path, ROW | {"contexts": ["a", "\ud800"]})
+    with pytest.raises(TestSetError, match=":1: contexts: half of a surrogate pair at character 0"):
+        load_labelled(path, "faithfulness")

@@ -83,6 +83,18 @@ def test_a_judge_that_changes_its_mind_fails(ragate: Ragate, monkeypatch: pytest
     assert json.loads(ended.out)["probes"][0]["moved"] == 12
 
 
+def test_a_judge_that_says_nothing_is_not_called_steady(
+    ragate: Ragate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = FakeEngine(max_len=10)
+    monkeypatch.setattr(session, "open_engine", lambda path, progress: engine)
+    Path("judge.gguf").touch()
+    ended = ragate("judge", "selftest", "--testset", cases(), "--judge", "judge.gguf", "-q")
+    engine.close()
+    assert ended.code == 4 and "moved nothing" not in ended.out
+    assert "the judge gave no verdict on any item: context too long" in ended.err
+
+
 def test_a_test_set_without_stored_answers_is_refused(ragate: Ragate, engines: list[FakeEngine]) -> None:
     Path("bare.jsonl").write_text('{"question": "Why?", "contexts": ["x"]}\n')
     ended = ragate("judge", "selftest", "--testset", "bare.jsonl", "--judge", "judge.gguf", "-q")
