@@ -132,7 +132,9 @@ def _read_pairs(path: Path, config: ModelConfig, rank: int, base: str) -> dict[s
                 name, half = _canonical(path, key)
                 first = halves.setdefault(name, {}).setdefault(half, key)
                 if first != key:
-                    raise ModelFileError(f"{path}: {first} and {key} are of one weight: save the adapter again")
+                    raise ModelFileError(
+                        f"{path}: {first} and {key} are of one weight: save the adapter again"
+                    )
             if not halves:
                 raise ModelFileError(f"{path} holds no tensor: save the adapter again")
             pairs: dict[str, Pair] = {}
@@ -204,6 +206,7 @@ def _read_half(
 
 def write_adapter(folder: str | Path, adapter: Adapter, base: str, extra: Mapping[str, object]) -> None:
     """Write `adapter` as PEFT does, for the model called `base`; `extra` fields go into adapter_config.json too.
+    Weights keep their type.
 
     Each file appears whole or not at all. Raises ModelFileError for what is not finite, OSError from the disk.
     """
@@ -218,7 +221,7 @@ def write_adapter(folder: str | Path, adapter: Adapter, base: str, extra: Mappin
                     f"{folder / WEIGHTS}: {module}lora_{half} holds NaN or infinity, {_FINITE}"
                 )
             # halves of a fused matrix share an A, which a file may not
-            tensors[f"{module}lora_{half}.weight"] = values.detach().to("cpu", torch.float32).clone()
+            tensors[f"{module}lora_{half}.weight"] = values.detach().to("cpu").clone()
     alpha = adapter.scale * adapter.rank
     changed = {name.rpartition(".")[2] for name in adapter.pairs}
     fields = {

@@ -264,7 +264,7 @@ def test_a_run_tells_its_steps_and_looks_at_what_is_held_out(tmp_path: Path) -> 
             for i in range(3)
         )
     weight = sum(sum(example.weights) for example in held_out)
-    assert report.held_out == pytest.approx(total / weight, rel=1e-5)
+    assert report.held_out == pytest.approx(total / weight, rel=1e-3)  # written in bfloat16
 
 
 # --- what stops a run -----------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from fake_engine import FakeEngine
 from ragate import session
 from ragate.cli import run
 engine = FakeEngine(answer=lambda prompt, schema: os.environ.get("JUDGE_SAYS") or None)
-session.open_engine = lambda path, progress=None: engine
+session.open_engine = lambda *_: engine
 sys.exit(run(sys.argv[1:]))
 """
 PYTHON = f"""\

@@ -61,7 +61,7 @@ def fake_judge(ragate: Ragate, monkeypatch: pytest.MonkeyPatch) -> Iterator[tupl
     """Arguments of an `eval` of twelve items whose judge answers at once and without a model."""
     engines: list[FakeEngine] = []
 
-    def open_engine(path: Path, progress: object) -> FakeEngine:
+    def open_engine(path: Path, progress: object, adapter: Path | None) -> FakeEngine:
         engines.append(FakeEngine())
         return engines[-1]
 

@@ -261,7 +261,7 @@ def test_a_dry_run_counts_the_calls_that_the_run_then_makes(
     assert (found["seconds"], found["computed_tokens"]) == (None, None)
 
     engine = FakeEngine()
-    monkeypatch.setattr(session, "open_engine", lambda path, progress: engine)
+    monkeypatch.setattr(session, "open_engine", lambda *_: engine)
     Path("judge.gguf").touch()
     command([*cases, "--judge", "judge.gguf"])
     engine.close()

@@ -30,7 +30,7 @@ class Judge:
         self.lost_after: int | None = None
         self.engines: list[FakeEngine] = []
 
-    def open(self, path: Path, progress: object) -> FakeEngine:
+    def open(self, path: Path, progress: object, adapter: Path | None) -> FakeEngine:
         self.engines.append(FakeEngine(name=self.name, answer=self.answer, fail=self.fail))
         return self.engines[-1]
 

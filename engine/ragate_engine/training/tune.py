@@ -41,6 +41,8 @@ def tune_adapter(
 ) -> TuneReport:
     """Train a LoRA adapter of `source` on `examples` and write it to `folder` in PEFT's layout, with the log of steps.
 
+    It is trained in float32 and written in bfloat16.
+
     `device`: auto, cpu (float32) or cuda (bfloat16 with float32 adapter weights). The loss of a step is the sum of
     weight * -ln p over the sum of weights, of all its examples. `held_out` is only looked at. Called again with the
     same arguments it resumes, with the same result: bits depend on torch's number of threads, or on the card.
@@ -195,7 +197,9 @@ class _Run:
     def _adapter(self) -> Adapter:
         layers = self.decoder.vector.by_leaf(self.vector.detach().cpu())
         pairs = {
-            f"layers.{i}.{leaf}": Pair(*pair)
+            f"layers.{i}.{leaf}": Pair(
+                *(half.bfloat16() for half in pair)
+            )  # half the bytes of what was trained
             for i, layer in enumerate(layers)
             for leaf, pair in layer.items()
         }

@@ -19,7 +19,7 @@ def engines(ragate: Ragate, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fa
     """The engines that were opened, one for each time that `judge.gguf` was loaded."""
     made: list[FakeEngine] = []
 
-    def open_engine(path: Path, progress: object) -> FakeEngine:
+    def open_engine(path: Path, progress: object, adapter: Path | None) -> FakeEngine:
         made.append(FakeEngine())
         return made[-1]
 

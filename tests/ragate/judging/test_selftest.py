@@ -73,7 +73,7 @@ def test_a_judge_that_changes_its_mind_fails(ragate: Ragate, monkeypatch: pytest
         return json.dumps({"reason": "why", "verdict": asked[prompt] % 2}, separators=(",", ":"))
 
     engine = FakeEngine(answer=moody)
-    monkeypatch.setattr(session, "open_engine", lambda path, progress: engine)
+    monkeypatch.setattr(session, "open_engine", lambda *_: engine)
     Path("judge.gguf").touch()
     ended = ragate(
         "judge", "selftest", "--testset", cases(), "--judge", "judge.gguf", "-q", "--format", "json"
@@ -87,7 +87,7 @@ def test_a_judge_that_says_nothing_is_not_called_steady(
     ragate: Ragate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = FakeEngine(max_len=10)
-    monkeypatch.setattr(session, "open_engine", lambda path, progress: engine)
+    monkeypatch.setattr(session, "open_engine", lambda *_: engine)
     Path("judge.gguf").touch()
     ended = ragate("judge", "selftest", "--testset", cases(), "--judge", "judge.gguf", "-q")
     engine.close()
