@@ -132,7 +132,9 @@ def _read_pairs(path: Path, config: ModelConfig, rank: int, base: str) -> dict[s
                 name, half = _canonical(path, key)
                 first = halves.setdefault(name, {}).setdefault(half, key)
                 if first != key:
-                    raise ModelFileError(f"{path}: {first} and {key} are of one weight: save the adapter again")
+                    raise ModelFileError(
+                        f"{path}: {first} and {key} are of one weight: save the adapter again"
+                    )
             if not halves:
                 raise ModelFileError(f"{path} holds no tensor: save the adapter again")
             pairs: dict[str, Pair] = {}
