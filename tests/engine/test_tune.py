@@ -270,7 +270,9 @@ def test_a_run_tells_its_steps_and_looks_at_what_is_held_out(tmp_path: Path) -> 
 # --- what stops a run -----------------------------------------------------------------------------------
 
 
-def test_a_folder_is_trained_in_once_and_resumed_with_the_same_settings_only(tmp_path: Path) -> None:
+def test_a_folder_is_trained_in_once_and_resumed_with_the_same_settings_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, examples = random_checkpoint(TINY), judged(10)
     folder = tmp_path / "a"
 
@@ -283,6 +285,10 @@ def test_a_folder_is_trained_in_once_and_resumed_with_the_same_settings_only(tmp
         tune_adapter(source, examples, folder, replace(QUICK, rank=8), "cpu")
     with pytest.raises(ConfigError, match=r"another count \(10\), examples: give another folder"):
         tune_adapter(source, examples[1:], folder, QUICK, "cpu")
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "__version__", "1.0")
+        with pytest.raises(ConfigError, match=r"an unfinished run with another torch \(\d"):
+            tune_adapter(source, examples, folder, QUICK, "cpu")
     tune_adapter(source, examples, folder, QUICK, "cpu")
     with pytest.raises(ConfigError, match="holds a finished adapter"):
         tune_adapter(source, examples, folder, QUICK, "cpu")

@@ -120,7 +120,7 @@ class Journal:
 def settings_of(
     source: Checkpoint, examples: Sequence[Example], recipe: TuneRecipe, device: torch.device
 ) -> dict[str, Any]:
-    """Everything that decides the adapter's bytes, and the number of threads or the card that round them."""
+    """Everything that decides the adapter's bytes, and torch, the number of threads or the card that round them."""
     listed = hashlib.sha256()
     for example in examples:
         listed.update(struct.pack("<2q", len(example.prompt), len(example.answer)))
@@ -131,6 +131,7 @@ def settings_of(
         "source": source.identity,
         "examples": listed.hexdigest(),
         "count": len(examples),
+        "torch": str(torch.__version__),
         "device": device.type,
     }
     if device.type == "cpu":

@@ -45,7 +45,7 @@ def tune_adapter(
 
     `device`: auto, cpu (float32) or cuda (bfloat16 with float32 adapter weights). The loss of a step is the sum of
     weight * -ln p over the sum of weights, of all its examples. `held_out` is only looked at. Called again with the
-    same arguments it resumes, with the same result: bits depend on torch's number of threads, or on the card.
+    same arguments it resumes, with the same result: bits depend on torch and its number of threads, or on the card.
 
     Raises ConfigError (examples, a folder that holds something else), ModelFileError (a damaged model, a disk),
     OutOfMemoryError, DeviceError (a card that is missing or lost), TrainingError (a loss that is not finite).
