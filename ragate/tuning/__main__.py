@@ -13,8 +13,8 @@ from ragate.errors import ConfigError, RagateError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ragate.tuning.examples import Example
     from ragate.tuning.lessons import Lesson
+    from ragate_engine import Example
 
 PART = 10_000
 """Examples in one file: a few tens of megabytes."""

@@ -9,11 +9,12 @@ import gzip
 import json
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ragate.errors import TestSetError
+from ragate_engine import Example
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,16 +25,6 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 2000
 """Prompt and answer together: a longer lesson costs more than it teaches."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt and the answer to learn after it, as token ids."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-    weights: tuple[float, ...]
-    """Loss weight of each token of the answer; 0 is not trained."""
 
 
 def examples_of(lessons: Sequence[Lesson], tokenizer: Tokenizer, most: int = MAX_TOKENS) -> list[Example]:
