@@ -46,9 +46,9 @@ from ragate.tuning.wording import dressed, lowered, told
 WHOLE = 0.42
 """Share of the scenes that are a whole answer, sentence by sentence, where the case has one."""
 
-KEPT_OUT = {"addition": 0.75, "foreign": 1.0, "labelled": 0.85}
+KEPT_OUT = {"addition": 0.6, "foreign": 1.0, "labelled": 0.85}
 """Share of the unsupported claims that stay so; the passages are made to say the others."""
-FILLER_KEPT_OUT = 0.65
+FILLER_KEPT_OUT = 0.5
 
 
 @dataclass(frozen=True)
