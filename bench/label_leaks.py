@@ -1,11 +1,12 @@
-"""What gives a label away in the lessons that judges are trained on: a bag of words, overlap and length.
+"""What tells the labels of the lessons that judges are trained on: a statement's words alone, and its word overlap.
 
 A logistic regression on the statements of the NLI lessons, fitted on half of the clusters and tested on the other: once
-on the words of the statement alone, once on how much of it the passages hold and how long it is. Near 0.5 a judge can
-only learn by reading both.
+on the words of the statement alone, once on how much of it the passages hold and how long it is. The first would be a
+leak: near 0.5 a judge has to read the passages. The second is evidence, in the lessons as in the world; with --labelled
+it is fitted on all lessons and applied to people's labels, where it should do no worse than overlap alone.
 
     python -m ragate.tuning DATA --out lessons.jsonl.gz
-    python -m bench.label_leaks lessons.jsonl.gz --out bench/results/label_leaks.json
+    python -m bench.label_leaks lessons.jsonl.gz --labelled DATA/ragtruth_qa_dev.jsonl
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from scipy.sparse import csr_matrix
 from scipy.stats import rankdata
 
 from bench.result import header, save
+from ragate.judging.sentences import sentences_of
 from ragate.metrics import INPUT_MARK
 from ragate.tuning.text import content_words, nearest, overlap, words_of
 
@@ -87,11 +89,16 @@ def held_out_auroc(
 ) -> float:
     """AUROC on one half of the clusters of a logistic regression fitted on the other, mean over both directions."""
     half = np.array([zlib.crc32(f"half {cluster}".encode()) % 2 for cluster in clusters])
-    return float(np.mean([_fit_and_test(features, labels, half == side, penalty) for side in (0, 1)]))
+    found = []
+    for train in (half == 0, half == 1):
+        weights = fitted(features[train], labels[train], penalty)
+        found.append(auroc(features[~train] @ weights[:-1], labels[~train]))
+    return float(np.mean(found))
 
 
-def _fit_and_test(features: csr_matrix, labels: np.ndarray, train: np.ndarray, penalty: float) -> float:
-    seen, signs = features[train], 2.0 * labels[train] - 1
+def fitted(seen: csr_matrix, labels: np.ndarray, penalty: float) -> np.ndarray:
+    """[features + 1]: weights of a logistic regression with an L2 penalty, the constant last."""
+    signs = 2.0 * labels - 1
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         margin = signs * (seen @ weights[:-1] + weights[-1])
@@ -99,10 +106,8 @@ def _fit_and_test(features: csr_matrix, labels: np.ndarray, train: np.ndarray, p
         slope = np.append(seen.T @ pull + 2 * penalty * weights[:-1], pull.sum())
         return float(np.logaddexp(0, -margin).mean() + penalty * weights[:-1] @ weights[:-1]), slope
 
-    fitted = minimize(
-        loss, np.zeros(features.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 200}
-    )
-    return auroc(features[~train] @ fitted.x[:-1], labels[~train])
+    start = np.zeros(seen.shape[1] + 1)
+    return np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 200}).x)
 
 
 def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -129,15 +134,53 @@ def leaks(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+def labelled_rows(path: Path) -> list[Row]:
+    """The sentences of labelled answers, 0 where a labelled span touches them; the cluster is the answer."""
+    found = []
+    for answer in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        for text in sentences_of(answer["answer"]):
+            start = answer["answer"].find(text[:40])
+            touched = any(s["start"] < start + len(text) and s["end"] > start for s in answer["spans"])
+            if start >= 0:  # a lead-in joined to its item is not there in one piece
+                found.append(Row(text, "\n".join(answer["contexts"]), int(not touched), answer["id"]))
+    return found
+
+
+def transfer(rows: Sequence[Row], labelled: Sequence[Row]) -> dict[str, Any]:
+    """AUROC on labelled sentences, and on whole answers by the product, of overlap and of what lessons teach of it.
+
+    An answer is faithful where none of its sentences is labelled 0.
+    """
+    labels = np.array([row.label for row in labelled])
+    features = shallow(labelled)
+    weights = fitted(shallow(rows), np.array([row.label for row in rows]), 1e-7)
+    chances = -np.logaddexp(0, -(features @ weights[:-1] + weights[-1]))  # log P(supported)
+    shares = np.log(np.maximum(features.toarray()[:, 0], 0.02))
+    answers = {row.cluster: number for number, row in enumerate(labelled)}
+    at = np.array([answers[row.cluster] for row in labelled])
+    whole = np.array([labels[at == number].min() for number in answers.values()])
+    scores = {"overlap": shares, "lessons": chances}
+    return {f"labelled_sentences_auroc_{name}": round(auroc(s, labels), 4) for name, s in scores.items()} | {
+        f"labelled_answers_auroc_{name}": round(
+            auroc(np.array([s[at == number].sum() for number in answers.values()]), whole), 4
+        )
+        for name, s in scores.items()
+    }
+
+
 def main() -> None:
     """Read lessons, measure, print and write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("lessons", type=Path, help="file of lessons")
+    parser.add_argument("--labelled", type=Path, help="answers with spans that people labelled, as .jsonl")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    result = header("cpu") | leaks(rows_of(args.lessons))
+    rows = rows_of(args.lessons)
+    result = header("cpu") | leaks(rows)
+    if args.labelled:
+        result |= transfer(rows, labelled_rows(args.labelled))
     print(json.dumps(result, indent=2))
     save(result, args.out)
 

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 
-from bench.label_leaks import Row, auroc, leaks
+from bench.label_leaks import Row, auroc, leaks, transfer
 
 WORDS = "amber birch cedar delta ember fjord grove heron inlet juniper kelp larch".split()  # noqa: SIM905
 
@@ -35,3 +35,15 @@ def test_random_labels_are_not_told() -> None:
     found = leaks(rows(planted=False))
     assert 0.4 < found["auroc_text_alone"] < 0.6
     assert found["auroc_overlap"] == 0.5
+
+
+def test_what_overlap_tells_in_lessons_is_applied_to_labelled_sentences() -> None:
+    found = transfer(
+        rows(planted=True), [Row("amber surely", "amber", 0, "a"), Row("amber", "amber", 1, "b")]
+    )
+    assert found == {
+        "labelled_sentences_auroc_overlap": 1.0,
+        "labelled_sentences_auroc_lessons": 1.0,
+        "labelled_answers_auroc_overlap": 1.0,
+        "labelled_answers_auroc_lessons": 1.0,
+    }

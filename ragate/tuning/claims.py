@@ -1,21 +1,27 @@
 """A case as a scene: passages and claims about them, some supported and some not, with the reason known.
 
-Both labels are made with the same wordings. A claim loses its support because the sentence it rests on is taken out of
-the passages, or says something else there; a made-up claim gains support because the passages are made to say it.
+A claim is unsupported because a language model would have added it, because somebody labelled it so, because another
+case says it, because what it rests on is taken out of the passages, or because it says something else than they do.
+Wordings are shared: now and then the passages are made to say what is mostly unsupported.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
+from ragate.judging.sentences import even_parts
+from ragate.schemas import MOST_ITEMS
 from ragate.tuning.edits import (
-    Phrases,
+    Names,
     changed,
     crossed,
     edits_of,
     is_within,
+    names_in,
     negated,
     overstated,
     repeats,
@@ -23,56 +29,26 @@ from ragate.tuning.edits import (
     reworded,
     without_support,
 )
-from ragate.tuning.sources import Case
-from ragate.tuning.text import content_words, has, nearest, replaced, sentences, sentences_in
-
-FILLERS = tuple(
-    line.strip()
-    for line in """
-    It is important to consult a professional before making any decision about {topic}.
-    It is always a good idea to do further research on {topic}.
-    Keep in mind that the details of {topic} may vary depending on your location and circumstances.
-    It is widely regarded as one of the most important aspects of {topic}.
-    Results may vary from person to person, so it is best to be patient.
-    Always follow the manufacturer's instructions and wear protective equipment.
-    This makes {topic} a popular choice among beginners and experts alike.
-    Be sure to compare prices and read reviews before you decide on {topic}.
-    Regular maintenance helps to prevent problems with {topic} in the long run.
-    Experts generally recommend starting slowly and adjusting over time.
-    Many people find that {topic} has a positive effect on their daily life.
-    It is also known for its rich history and cultural significance.
-    If symptoms persist, seek medical attention as soon as possible.
-    The exact cost of {topic} depends on several factors, including size and quality.
-    Stay hydrated and get plenty of rest during this time.
-    Let it cool completely before serving, and store leftovers in an airtight container.
-    Make sure to check with the local authorities for the current rules on {topic}.
-    Overall, {topic} requires careful planning and attention to detail.
-    This process typically takes a few weeks, although it can take longer in some cases.
-    It has been used for centuries and remains popular today.
-    You may also need to provide proof of identity and other supporting documents.
-    Recent studies suggest that {topic} will become even more common in the coming years.
-    Once you have finished, double-check everything to avoid mistakes.
-    Both options have their own advantages and disadvantages.
-    """.strip().splitlines()
+from ragate.tuning.fillers import KINDS, Subject, filler, subject_of
+from ragate.tuning.sources import EVASIVE, Case, statements_in
+from ragate.tuning.text import (
+    content_words,
+    has,
+    nearest,
+    overlap,
+    replaced,
+    sentences,
+    sentences_in,
+    words_of,
 )
-"""What language models like to add to an answer."""
+from ragate.tuning.wording import dressed, lowered, told
 
-LEADS = (
-    "Based on the provided passages, {claim}",
-    "Based on the given passages, {claim}",
-    "According to passage {n}, {claim}",
-    "According to the provided passages, {claim}",
-    "As mentioned in passage {n}, {claim}",
-    "Based on the provided passages, here is what is known about {topic}: {claim}",
-    "Here are the main points about {topic}: {claim}",
-    "Additionally, {claim}",
-    "It is also worth noting that {claim}",
-    "Passage {n} states that {claim}",
-    "In summary, {claim}",
-)
-"""How language models like to begin: neither label's own."""
+WHOLE = 0.42
+"""Share of the scenes that are a whole answer, sentence by sentence, where the case has one."""
 
-PLACES = (" (passage {n})", " (Passage {n}).")
+KEPT_OUT = {"addition": 0.6, "foreign": 1.0, "labelled": 0.85}
+"""Share of the unsupported claims that stay so; the passages are made to say the others."""
+FILLER_KEPT_OUT = 0.5
 
 
 @dataclass(frozen=True)
@@ -92,35 +68,140 @@ class Scene:
     case: Case
     passages: tuple[str, ...]
     claims: tuple[Claim, ...]
+    whole: bool
+    """The claims are one answer, in its order."""
 
 
-def scene_of(case: Case, neighbour: Case, phrases: Phrases, rng: random.Random) -> Scene:
-    """A scene of a case; what is foreign in it comes from a neighbour, a case on another subject or a near one."""
+def scene_of(case: Case, neighbour: Case, names: Names, rng: random.Random) -> Scene:
+    """A scene of a case; what is foreign in it comes from a neighbour, a case on a near subject."""
+    subject = subject_of(case.question, case.passages)
+    if rng.random() < WHOLE and (answer := whole_answer(case)):
+        return _answer_scene(case, answer, neighbour, subject, rng)
     passages = list(case.passages)
-    claims = [Claim(text, 1, "as written") for text in case.supported]
-    said = extracts(case, rng, rng.choice((0, 1, 2, 3)))
-    claims += [Claim(text, 1, "from the passages") for text in said if text not in case.supported]
+    claims = [Claim(text, 1, "as written") for text in _reworded_first(case, rng)[:6]]
+    for text in extracts(case, rng, rng.choice((0, 1, 2, 2)) if claims else 4):
+        said = told(text, rng)
+        if said != text or rng.random() < 0.3:
+            claims.append(Claim(said, 1, "from the passages" if said == text else "paraphrased"))
     rng.shuffle(claims)
-    if rng.random() < 0.55:
+    if rng.random() < 0.25:
         passages, claims = _remove(passages, claims, neighbour, rng)
-    for _ in range(rng.choice((0, 1, 1, 2, 2, 3))):
-        passages, claims = _change_passages(passages, claims, phrases, rng)
-    if rng.random() < 0.2:
+    elif rng.random() < 0.35:
+        passages, claims = _cut(passages, claims, rng)
+    if rng.random() < 0.3:
+        passages, claims = _change_passages(passages, claims, names, rng)
+    if rng.random() < 0.05:
         passages, claims = _negate_passages(passages, claims, rng)
-    claims = [_change(claim, passages, phrases, rng) if rng.random() < 0.35 else claim for claim in claims]
-    topic = _topic(case)
-    strange = [(text, "labelled") for text in case.unsupported]
-    strange += [
-        (text, "foreign") for text in rng.sample(neighbour.supported, min(2, len(neighbour.supported)))
-    ]
-    strange += [(text, "foreign") for text in extracts(neighbour, rng, 1)]
-    strange.append((rng.choice(FILLERS).format(topic=topic), "filler"))
-    for text, kind in rng.sample(strange, min(len(strange), rng.choice((0, 1, 2, 3, 4)))):
-        passages, claim = _place(text, kind, passages, phrases, rng)
-        claims.insert(rng.randint(0, len(claims)), claim)
+    claims = [_change(claim, passages, names, rng) if rng.random() < 0.07 else claim for claim in claims]
+    passages, claims = _extend(passages, claims, subject, rng)
+    for text, kind in _strange(case, neighbour, subject, rng):
+        if kind.startswith("filler") or not is_within(text, passages):
+            passages, claim = _place(text, kind, passages, rng)
+            claims.insert(rng.randint(0, len(claims)), claim)
     claims = _merge(claims, passages, neighbour, rng)
-    claims = [_dress(claim, topic, passages, rng) for claim in claims]
-    return Scene(case, tuple(passages), tuple(claims))
+    claims = [_dress(claim, subject.topic, passages, rng) for claim in claims]
+    return Scene(case, tuple(passages), tuple(claims), whole=False)
+
+
+def _reworded_first(case: Case, rng: random.Random) -> list[str]:
+    """The case's supported sentences in random order, those that share fewer words with the passages sooner."""
+    words = words_of(case.passages)
+    sure = [
+        text for text in case.supported if not EVASIVE.search(text)
+    ]  # what is not said cannot be taken away
+    return sorted(sure, key=lambda text: -(rng.random() ** (1 / (1.1 - overlap(text, words)) ** 2)))
+
+
+def whole_answer(case: Case) -> list[str]:
+    """The sentences of the case's answer in order, where each is known to be supported; else none."""
+    said = statements_in(case.answer)
+    return said if len(said) > 1 and set(said) <= set(case.supported) else []
+
+
+def _answer_scene(
+    case: Case, answer: list[str], neighbour: Case, subject: Subject, rng: random.Random
+) -> Scene:
+    """An answer as it is, or with one or two sentences of another origin where they could stand."""
+    passages = list(case.passages)
+    claims = [Claim(text, 1, "whole answer") for text in rng.choice(even_parts(answer, MOST_ITEMS - 2))]
+    if rng.random() < 0.25:
+        claims = [replace(c, text=reworded(c.text, rng)) for c in claims]
+    if rng.random() < 0.15:
+        passages, claims = _cut(passages, claims, rng)
+    elif rng.random() < 0.6:
+        for text, kind in _strange(case, neighbour, subject, rng)[:2]:
+            if is_within(text, passages) and not kind.startswith("filler"):
+                continue
+            at = len(claims) if "closing" in kind else rng.randint(1, len(claims)) if claims else 0
+            claims.insert(at, Claim(text, 0, kind))
+        passages, claims = _extend(passages, claims, subject, rng)
+    if claims and rng.random() < 0.3:
+        claims[0] = _dress(claims[0], subject.topic, passages, rng)
+    return Scene(case, tuple(passages), tuple(claims), whole=True)
+
+
+def _strange(case: Case, neighbour: Case, subject: Subject, rng: random.Random) -> list[tuple[str, str]]:
+    """Sentences that the passages most likely do not support, with their kind, in any order."""
+    found = [
+        (text, "labelled")
+        for text in rng.sample(case.unsupported, min(rng.choice((0, 1, 1, 2)), len(case.unsupported)))
+    ]
+    for _ in range(rng.choice((0, 0, 1, 1, 1, 2))):
+        kind = rng.choice(KINDS)
+        found.append((filler(kind, subject, rng), f"filler: {kind}"))
+    strange = rng.sample(neighbour.supported, min(2, len(neighbour.supported)))
+    strange += [told(text, rng) for text in extracts(neighbour, rng, 1)]
+    strange = [_adapted(text, case.passages, rng) for text in strange]
+    words = words_of(case.passages)
+    found += [
+        (text, "foreign") for text in strange if rng.random() < (0.16 if overlap(text, words) > 0.2 else 0.04)
+    ]
+    rng.shuffle(found)
+    return found
+
+
+def _adapted(text: str, passages: Sequence[str], rng: random.Random) -> str:
+    """A foreign sentence about the names of these passages."""
+    here = Counter(names_in(" ".join(passages)))
+    names = [name for name, count in here.items() if count > 1 and name.isascii() and "'" not in name]
+    for name in list(dict.fromkeys(names_in(text)))[:2]:
+        alike = [each for each in names if len(each.split()) == len(name.split()) and not has(text, each)]
+        if alike and name not in here:
+            text = replaced(text, name, rng.choice(alike))
+    return text
+
+
+def _extend(
+    passages: list[str], claims: list[Claim], subject: Subject, rng: random.Random
+) -> tuple[list[str], list[Claim]]:
+    """Here and there behind a supported claim a purpose, reason or benefit that no passage has."""
+    found = []
+    for claim in claims:
+        if claim.label and len(claim.text) <= 170 and rng.random() < 0.18:
+            text = claim.text.rstrip(".") + filler("addition", subject, rng) + "."
+            passages, claim = _place(text, "addition", passages, rng)
+        found.append(claim)
+    return passages, found
+
+
+def _cut(passages: list[str], claims: list[Claim], rng: random.Random) -> tuple[list[str], list[Claim]]:
+    """Leave out a passage, or half of one; claims that lose a part of their words only are left out as well."""
+    at = rng.randrange(len(passages))
+    pieces = sentences(passages[at])
+    half = len(pieces) // 2
+    kept = pieces[:half] if rng.random() < 0.5 else pieces[half:]
+    rest = [*passages[:at], *([" ".join(kept)] if half and rng.random() < 0.5 else []), *passages[at + 1 :]]
+    if not rest:
+        return passages, claims
+    before, after = words_of(passages), words_of(rest)
+    left = []
+    for claim in claims:
+        had, has_still = overlap(claim.text, before), overlap(claim.text, after)
+        if has_still >= had - 0.02 or EVASIVE.search(claim.text):
+            left.append(claim)
+        elif has_still <= min(0.65, had - 0.25):
+            left.append(Claim(claim.text, 0, "context cut"))
+    return rest, left
 
 
 def _remove(
@@ -148,14 +229,14 @@ def _remove(
 
 
 def _change_passages(
-    passages: list[str], claims: list[Claim], phrases: Phrases, rng: random.Random
+    passages: list[str], claims: list[Claim], names: Names, rng: random.Random
 ) -> tuple[list[str], list[Claim]]:
     """Swap a phrase in the passages; of the claims with that phrase some follow, and some no longer hold."""
     whole = [claim for claim in claims if claim.label]
     if not whole:
         return passages, claims
     chosen = rng.choice(whole)
-    edits = edits_of(chosen.text, passages, phrases, rng)
+    edits = edits_of(chosen.text, passages, names, rng)
     if not edits:
         return passages, claims
     edit = rng.choice(edits)
@@ -202,11 +283,11 @@ def _negate_passages(
     return passages, claims
 
 
-def _change(claim: Claim, passages: list[str], phrases: Phrases, rng: random.Random) -> Claim:
+def _change(claim: Claim, passages: list[str], names: Names, rng: random.Random) -> Claim:
     """A supported claim made to say something else; as it was where nothing offers itself."""
     if claim.kind not in ("as written", "from the passages"):
         return claim
-    edits = edits_of(claim.text, passages, phrases, rng)
+    edits = edits_of(claim.text, passages, names, rng)
     ways = [(f"{e.kind} changed in the claim", replaced(claim.text, e.old, e.new)) for e in edits]
     ways += [
         (kind, text)
@@ -221,25 +302,15 @@ def _change(claim: Claim, passages: list[str], phrases: Phrases, rng: random.Ran
     return claim if text == claim.text else Claim(text, 0, kind)
 
 
-def _place(
-    text: str, kind: str, passages: list[str], phrases: Phrases, rng: random.Random
-) -> tuple[list[str], Claim]:
+def _place(text: str, kind: str, passages: list[str], rng: random.Random) -> tuple[list[str], Claim]:
     """A claim that the passages do not support, or that they do because they are made to say it."""
-    fate = rng.random()
-    if fate < (0.65 if kind == "filler" else 0.5):
+    if rng.random() < KEPT_OUT.get(kind, FILLER_KEPT_OUT):
         return passages, Claim(text, 0, kind)
-    told = reworded(text, rng, 0.7)
-    label, how = 1, f"{kind}, put into the passages"
-    edits = edits_of(text, [text], phrases, rng)
-    if fate > 0.84 and edits:
-        edit = rng.choice(edits)
-        if has(told, edit.old):
-            told, label = replaced(told, edit.old, edit.new), 0
-            how = f"{kind}, put into the passages with another {edit.kind}"
     at = rng.randrange(len(passages))
     pieces = sentences(passages[at])
-    pieces.insert(rng.randint(0, len(pieces)), told)
-    return [*passages[:at], " ".join(pieces), *passages[at + 1 :]], Claim(text, label, how)
+    pieces.insert(rng.randint(0, len(pieces)), told(text, rng))
+    said = [*passages[:at], " ".join(pieces), *passages[at + 1 :]]
+    return said, Claim(text, 1, f"{kind}, put into the passages")
 
 
 def _merge(claims: list[Claim], passages: Sequence[str], neighbour: Case, rng: random.Random) -> list[Claim]:
@@ -251,7 +322,7 @@ def _merge(claims: list[Claim], passages: Sequence[str], neighbour: Case, rng: r
             both = int(last.label and claim.label)
             kind = "merged, both hold" if both else "merged, one does not hold"
             found.append(Claim(_joined(last.text, claim.text, passages, rng), both, kind))
-        elif claim.label and neighbour.supported and rng.random() < 0.08:
+        elif claim.label and neighbour.supported and rng.random() < 0.03:
             added = rng.choice(neighbour.supported)
             found.append(Claim(_joined(claim.text, added, passages, rng), 0, "foreign addition"))
         else:
@@ -261,27 +332,13 @@ def _merge(claims: list[Claim], passages: Sequence[str], neighbour: Case, rng: r
 
 def _joined(one: str, other: str, passages: Sequence[str], rng: random.Random) -> str:
     link = rng.choice((", and ", "; ", ", while ", ". Additionally, ", " "))
-    return f"{one} {other}" if link == " " else f"{one.rstrip('.')}{link}{_lowered(other, passages)}"
+    return f"{one} {other}" if link == " " else f"{one.rstrip('.')}{link}{lowered(other, passages)}"
 
 
 def _dress(claim: Claim, topic: str, passages: Sequence[str], rng: random.Random) -> Claim:
-    """The claim in the words of a language model: synonyms, a lead-in, the number of a passage."""
-    text = reworded(claim.text, rng) if rng.random() < 0.5 else claim.text
-    fate = rng.random()
-    n = rng.randint(1, len(passages))
-    if fate < 0.12:
-        text = rng.choice(LEADS).format(claim=_lowered(text, passages), topic=topic, n=n)
-    elif fate < 0.17:
-        text = text.rstrip(".") + rng.choice(PLACES).format(n=n)
-    return replace(claim, text=text)
-
-
-def _lowered(text: str, passages: Sequence[str]) -> str:
-    """The text as it goes on inside a sentence: its first word small, unless it is a name there."""
-    first, _, rest = text.partition(" ")
-    small = first.lower()
-    common = small not in content_words(small) or any(has(passage, small) for passage in passages)
-    return f"{small} {rest}" if first.istitle() and common else text
+    """The claim in the words of a language model."""
+    text = reworded(claim.text, rng) if rng.random() < 0.4 else claim.text
+    return replace(claim, text=dressed(text, topic, passages, rng))
 
 
 def extracts(case: Case, rng: random.Random, count: int) -> list[str]:
@@ -291,16 +348,14 @@ def extracts(case: Case, rng: random.Random, count: int) -> list[str]:
     return rng.sample(pieces, min(count, len(pieces)))
 
 
-def _topic(case: Case) -> str:
-    """What the question is about, in its own words."""
-    words = [word.strip("?.,!'") for word in case.question.split()]
-    kept = [word for word in words if content_words(word)]
-    return " ".join(kept[-3:]) or "this subject"
+@lru_cache(maxsize=100_000)
+def _subject_words(question: str, passage: str) -> frozenset[str]:
+    return frozenset((*content_words(question), *content_words(passage)))
 
 
 def neighbour_of(case: Case, others: Sequence[Case], rng: random.Random) -> Case:
     """Of some cases of other clusters drawn at random, the one that shares most words with the case."""
-    own = set(content_words(case.question)) | set(content_words(case.passages[0]))
-    drawn = [each for each in rng.sample(others, min(24, len(others))) if each.cluster != case.cluster]
+    own = _subject_words(case.question, case.passages[0])
+    drawn = [each for each in rng.sample(others, min(100, len(others))) if each.cluster != case.cluster]
     drawn = drawn or [each for each in others if each.cluster != case.cluster]
-    return max(drawn, key=lambda each: len(own & set(content_words(each.passages[0]))))
+    return max(drawn, key=lambda each: len(own & _subject_words(each.question, each.passages[0])))

@@ -46,7 +46,7 @@ CALLS = ("nli", "precision", "recall", "statements", "relevancy")
 REASON_WORDS = 12
 NOTHING_NEAR = "nearest: nothing"
 
-FORCED, REASON, COPIED, FREE, VERDICT = 0.0, 0.1, 0.1, 0.3, 1.0
+FORCED, REASON, COPIED, FREE, VERDICT = 0.0, 0.03, 0.03, 0.1, 1.0
 """Loss weights: what the grammar forces, a reason, text to repeat, text to find words for, the verdict's digit."""
 
 Pieces = tuple[tuple[str, float], ...]

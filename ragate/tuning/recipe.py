@@ -1,7 +1,7 @@
-"""How many lessons of what, from which cases, so that no shallow sign gives the label away.
+"""How many lessons of what, from which cases.
 
-Claims are thinned until, among those with about the same length and overlap with the passages, both labels are nearly
-as frequent. Importing this module imports ragas (seconds).
+Labels keep the relation to word overlap that they have in the world: that foreign words are a bad sign is evidence, and
+a judge that is not taught it is beaten by counting words. Importing this module imports ragas (seconds).
 """
 
 from __future__ import annotations
@@ -16,28 +16,19 @@ from ragate.errors import TestSetError
 from ragate.schemas import MOST_ITEMS, STATEMENT_CHARS
 from ragate.tuning import lessons
 from ragate.tuning.claims import Claim, Scene, neighbour_of, scene_of
-from ragate.tuning.edits import Phrases, without_support
+from ragate.tuning.edits import Names, without_support
 from ragate.tuning.lessons import Lesson
 from ragate.tuning.sources import Case, load_cases
-from ragate.tuning.text import content_words, overlap, sentences, words_of
+from ragate.tuning.text import content_words, sentences, sentences_in
 
 SHARES = {"nli": 0.62, "precision": 0.15, "recall": 0.08, "statements": 0.08, "relevancy": 0.07}
 """Lessons of each call."""
 
-SOURCES = {"ragbench": 0.5, "halueval_summarization": 0.36, "halueval_qa": 0.12, "halueval_dialogue": 0.02}
+SOURCES = {"ragbench": 0.6, "halueval_summarization": 0.3, "halueval_qa": 0.08, "halueval_dialogue": 0.02}
 """Cases of each source: RAGBench's are few, and come again in other scenes."""
 
 HELD_OUT_SHARE = 0.04
 """Clusters that no training lesson is of."""
-
-THIN = 0.6
-"""How far claims are thinned towards as many of both labels at the same length and overlap: 0 not, 1 all the way.
-
-Not all the way: that an unsupported claim has more foreign words is true of the world as well.
-"""
-
-PILOT = 1500
-"""Scenes that the thinning is measured on."""
 
 NO_QUESTION = "Is this claim true?"
 """The question of a relevance call about a claim that answers none, as in WiCE."""
@@ -52,21 +43,20 @@ def build(
     they come from the package registry. Raises TestSetError or CatalogError where data is missing.
     """
     cases = load_cases(folder, random.Random(seed), halueval)
-    phrases = Phrases(_prose(cases))
+    names = Names(_prose(cases))
     mine = [case for case in cases if is_held_out(case.cluster) == held_out]
     pools = {name: [case for case in mine if case.source.startswith(name)] for name in SOURCES}
     for name, pool in pools.items():
         if len({case.cluster for case in pool}) < 2:
             raise TestSetError(f"{folder}: too few usable rows of {name}: a lesson needs two subjects")
     rng = random.Random(f"{seed} {held_out}")
-    scenes = _scenes(pools, phrases, rng)
-    keep = _thinning([next(scenes) for _ in range(PILOT)])
+    scenes = _scenes(pools, names, rng)
     made: list[Lesson] = []
     for call, share in SHARES.items():
         makers = {
-            "nli": lambda: _nli(next(scenes), keep, rng),
+            "nli": lambda: _nli(next(scenes), rng),
             "precision": lambda: _precision(*_pair(pools, rng), rng),
-            "recall": lambda: _recall(next(scenes), keep, rng),
+            "recall": lambda: _recall(next(scenes)),
             "statements": lambda: _statements(_pair(pools, rng)[0], rng),
             "relevancy": lambda: _relevancy(*_pair(pools, rng), rng),
         }
@@ -115,51 +105,22 @@ def _pair(pools: dict[str, list[Case]], rng: random.Random) -> tuple[Case, Case]
     return case, neighbour_of(case, pool, rng)
 
 
-def _scenes(pools: dict[str, list[Case]], phrases: Phrases, rng: random.Random) -> Iterator[Scene]:
+def _scenes(pools: dict[str, list[Case]], names: Names, rng: random.Random) -> Iterator[Scene]:
     while True:
         case, neighbour = _pair(pools, rng)
-        scene = scene_of(case, neighbour, phrases, rng)
+        scene = scene_of(case, neighbour, names, rng)
         if scene.claims:
             yield scene
-
-
-# Thinning
-
-
-_Bin = tuple[int, int]
-
-
-def _bin(claim: Claim, words: set[str]) -> _Bin:
-    return round(overlap(claim.text, words) * 8), min(len(claim.text) // 50, 5)
-
-
-def _thinning(scenes: Sequence[Scene]) -> dict[tuple[_Bin, int], float]:
-    """Share of the claims to keep, by bin and label."""
-    counts: Counter[tuple[_Bin, int]] = Counter()
-    for scene in scenes:
-        words = words_of(scene.passages)
-        counts.update((_bin(claim, words), claim.label) for claim in scene.claims)
-    return {
-        (place, label): min(1.0, (counts[place, 1 - label] + 1) / (count + 1)) ** THIN
-        for (place, label), count in counts.items()
-    }
-
-
-def _thinned(scene: Scene, keep: dict[tuple[_Bin, int], float], rng: random.Random) -> list[Claim]:
-    words = words_of(scene.passages)
-    return [
-        claim for claim in scene.claims if rng.random() < keep.get((_bin(claim, words), claim.label), 0.5)
-    ]
 
 
 # Lessons of each call; `None` where a case offers none
 
 
-def _nli(scene: Scene, keep: dict[tuple[_Bin, int], float], rng: random.Random) -> Lesson | None:
-    claims = _thinned(scene, keep, rng)[: rng.randint(3, MOST_ITEMS)]
-    if len(claims) < (1 if rng.random() < 0.05 else 3):
+def _nli(scene: Scene, rng: random.Random) -> Lesson | None:
+    claims = list(scene.claims[: MOST_ITEMS if scene.whole else rng.randint(3, MOST_ITEMS)])
+    if len(claims) < (1 if rng.random() < 0.1 else 3 - scene.whole):
         return None
-    if rng.random() < 0.08:  # the whole answer as one statement
+    if rng.random() < 0.03:  # the whole answer as one statement
         true = [claim for claim in claims if claim.label]
         claims = true if true and rng.random() < 0.5 else claims
         whole = int(all(claim.label for claim in claims))
@@ -167,8 +128,8 @@ def _nli(scene: Scene, keep: dict[tuple[_Bin, int], float], rng: random.Random) 
     return lessons.nli(scene.passages, claims, scene.case.source, scene.case.cluster)
 
 
-def _recall(scene: Scene, keep: dict[tuple[_Bin, int], float], rng: random.Random) -> Lesson | None:
-    claims = [claim for claim in _thinned(scene, keep, rng) if len(claim.text) <= STATEMENT_CHARS]
+def _recall(scene: Scene) -> Lesson | None:
+    claims = [claim for claim in scene.claims if len(claim.text) <= STATEMENT_CHARS]
     claims = [claim for claim in claims if claim.text[-1:] == "." and len(sentences(claim.text)) == 1][:6]
     if not claims:
         return None
@@ -185,12 +146,12 @@ def _precision(case: Case, neighbour: Case, rng: random.Random) -> Lesson | None
 def _labelled_precision(case: Case, neighbour: Case, rng: random.Random) -> Lesson | None:
     """A passage that somebody labelled, one that lost what mattered, or a neighbour's."""
     assert case.relevant is not None
-    wanted = rng.random() < 0.5
+    wanted = rng.random() < 0.33
     at = [i for i, label in enumerate(case.relevant) if bool(label) == wanted]
     labelled = [(case.passages[i], Claim("", int(wanted), "labelled")) for i in at]
     if not wanted and rng.random() < 0.4:
         labelled = [(text, Claim("", 0, "of a neighbour")) for text in neighbour.passages]
-        if case.supported and rng.random() < 0.5:
+        if case.supported and rng.random() < 0.3:
             found = without_support(f"{case.question} {case.answer}", case.passages)
             if found is not None:
                 labelled = [(text, Claim("", 0, "support removed")) for text in found[0]]
@@ -201,25 +162,32 @@ def _labelled_precision(case: Case, neighbour: Case, rng: random.Random) -> Less
 
 
 def _claim_precision(case: Case, rng: random.Random) -> Lesson | None:
-    """One sentence of the passages for one claim: useful where it holds most of what the claim says."""
+    """One sentence of the passages for one claim: useful where it holds what no better one holds."""
     if not case.supported:
         return None
     claim = rng.choice(case.supported)
     own = set(content_words(claim))
-    pieces = [piece for passage in case.passages for piece in sentences(passage) if piece != claim]
+    pieces = [piece for piece in sentences_in(case.passages) if piece != claim]
     if len(own) < 4 or len(pieces) < 4:
         return None
-    shares = {piece: len(own & set(content_words(piece))) / len(own) for piece in pieces}
-    best = max(shares, key=lambda piece: shares[piece])
-    # of the sentences that say something else the nearer ones, so that a shared name is not enough
-    far = [piece for piece in pieces if shares[piece] <= min(0.4, shares[best] - 0.35)]
-    near = sorted(far, key=lambda piece: -shares[piece])[: max(1, len(far) // 3)]
-    label = int(rng.random() < 0.5)
-    if not near or shares[best] < 0.5:
+    found = {piece: own & set(content_words(piece)) for piece in pieces}
+    useful: list[str] = []
+    open_words = set(own)
+    while len(useful) < 3:
+        best = max(pieces, key=lambda piece: len(found[piece] & open_words))
+        if len(found[best] & open_words) < max(2, 0.2 * len(own)):
+            break
+        useful.append(best)
+        open_words -= found[best]
+    if not useful or len(found[useful[0]]) < 0.4 * len(own):
         return None
-    chosen = best if label else rng.choice(near)
+    rest = [piece for piece in pieces if piece not in useful and len(found[piece]) <= 0.34 * len(own)]
+    label = int(rng.random() < 0.3)
+    if not label and not rest:
+        return None
     question = NO_QUESTION if rng.random() < 0.5 else case.question
     made = Claim("", label, "sentence for a claim")
+    chosen = rng.choice(useful if label else rest)
     return lessons.precision(question, chosen, claim, made, case.source, case.cluster)
 
 

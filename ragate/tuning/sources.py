@@ -17,7 +17,8 @@ from typing import Any
 
 from ragate.catalog import Model, ModelFile, fetched
 from ragate.errors import TestSetError
-from ragate.tuning.text import content_words, overlap, sentences, words_of
+from ragate.judging.sentences import sentences_of
+from ragate.tuning.text import content_words, overlap, sentences, sentences_in, words_of
 
 RAGBENCH = "ragbench_validation.jsonl"
 HELD_OUT = ("ragtruth_qa_dev.jsonl", "wice_dev.jsonl", "begin_dev.jsonl")
@@ -98,58 +99,76 @@ def load_cases(folder: Path, rng: random.Random, halueval: Path | None = None) -
 
 
 EVASIVE = re.compile(
+    r"\bunclear\b|\bnot (?:\w+ )?clear\b|\bno (?:explicit|specific|direct) |"
     r"\b(?:do(?:es)? not|doesn't|don't|cannot|can't|did not|is no|are no|not) (?:\w+ ){0,3}"
     r"(?:provide|mention|specif|contain|include|state|know|answer|enough|information|sure|determine|give)",
     re.IGNORECASE,
 )
 
 
+_TITLE = re.compile(r"^Title: (.*?)\s+Passage:\s*", re.DOTALL)
+
+
 def _ragbench(rows: Iterable[dict[str, Any]], rng: random.Random) -> Iterator[Case]:
     for row in rows:
-        said = [clean(piece) for piece in sentences(row["answer"])]
-        said = [piece for piece in said if len(piece.split()) >= 4]
-        texts = [clean(re.sub(r"https?://\S+", " ", text)) for text in row["contexts"]]
+        answer = re.sub(r" *\[\d[\d, ]*\]| +(?=[.,](?:\s|$))", "", row["answer"]).strip()
+        said = statements_in(answer)
+        texts = [clean(re.sub(r"https?://\S+", " ", _TITLE.sub(r"\1. ", text))) for text in row["contexts"]]
         passages, relevant = _window(texts, row["context_relevant"], said, rng)
         if not said or not passages:
             continue
-        evasive = bool(EVASIVE.search(row["answer"])) and len(said) <= 2
+        evasive = bool(EVASIVE.search(answer)) and len(said) <= 2
+        known, kept = words_of(texts), words_of(passages)
+        near = [set(content_words(piece)) for piece in sentences_in(passages)]
+        if row["faithful"]:  # and what it rests on was not cut away
+            right = [t for t in said if overlap(t, kept) >= max(0.3, overlap(t, known) - 0.15)]
+            wrong = []
+        else:  # the label is the answer's: those count that clearly follow, or clearly go beyond
+            right = [t for t in said if max(overlap(t, words) for words in near) >= 0.85]
+            wrong = [t for t in said if t not in right and not EVASIVE.search(t)]
+            wrong = [
+                t for t in wrong if len(said) == 1 or (_beyond(t, known) >= 2 and overlap(t, known) < 0.75)
+            ]
         yield Case(
             source=row["dataset"],
             cluster=f"{row['dataset']}:{_key(row['question'])}",
             question=row["question"].strip(),
             passages=passages,
-            supported=tuple(said) if row["faithful"] and not evasive else (),
-            unsupported=tuple(said) if not row["faithful"] and len(said) == 1 else (),  # else: which one?
+            supported=() if evasive else tuple(right),
+            unsupported=tuple(wrong),
             relevant=relevant,
-            answer=re.sub(r" *\[\d[\d, ]*\]| +(?=[.,](?:\s|$))", "", row["answer"]).strip(),
+            answer=answer,
             evasive=evasive,
         )
 
 
 def _summaries(rows: Iterable[dict[str, Any]], rng: random.Random) -> Iterator[Case]:
     for number, row in enumerate(rows):
-        right = [piece for piece in map(clean, sentences(row["right_summary"])) if len(piece.split()) >= 4]
-        wrong = [
-            piece for piece in map(clean, sentences(row["hallucinated_summary"])) if len(piece.split()) >= 4
-        ]
+        right, wrong = statements_in(row["right_summary"]), statements_in(row["hallucinated_summary"])
         document = _joined(sentences(clean(row["document"])), 350)
         passages, _ = _window(document, None, [*right, *wrong], rng)
         if not right or not wrong or not passages:
             continue
         # The label is the summary's: of its sentences those count that clearly follow, or clearly go beyond.
-        kept = [set(content_words(piece)) for passage in passages for piece in sentences(passage)]
+        kept = [set(content_words(piece)) for piece in sentences_in(passages)]
         likely = [piece for piece in wrong if max(overlap(piece, words) for words in kept) >= 0.85]
-        everything = words_of([*passages, row["document"]])
+        known, here = words_of([*passages, row["document"]]), words_of(passages)
+        sure = [t for t in right if overlap(t, here) >= max(0.45, overlap(t, known) - 0.1)]
         yield Case(
             source="halueval_summarization",
             cluster=f"halueval_summarization:{number}",
             question="What is the news about?",
             passages=passages,
-            supported=(*(piece for piece in right if overlap(piece, words_of(passages)) >= 0.6), *likely),
-            unsupported=tuple(piece for piece in wrong if _beyond(piece, everything) >= 2),
+            supported=(*sure, *likely),
+            unsupported=tuple(t for t in wrong if _beyond(t, known) >= 4 and overlap(t, known) < 0.75),
             relevant=None,
-            answer=clean(row["right_summary"]),
+            answer=row["right_summary"].strip(),
         )
+
+
+def statements_in(answer: str) -> list[str]:
+    """The sentences of an answer as a judge is asked about them, cleaned, without the very short ones."""
+    return [piece for piece in map(clean, sentences_of(answer)) if len(piece.split()) >= 4]
 
 
 def _answers(rows: Iterable[dict[str, Any]]) -> Iterator[Case]:

@@ -17,12 +17,14 @@ from ragate.metrics import INPUT_MARK
 from ragate.schemas import breach, parse
 from ragate.tuning import lessons
 from ragate.tuning.__main__ import main
-from ragate.tuning.claims import Claim, scene_of
-from ragate.tuning.edits import Phrases, edits_of, negated, overstated, without_support
+from ragate.tuning.claims import Claim, scene_of, whole_answer
+from ragate.tuning.edits import Names, edits_of, negated, overstated, without_support
 from ragate.tuning.examples import example_of, examples_of, load_examples, save_examples
+from ragate.tuning.fillers import GRAMMAR, KINDS, filler, subject_of
 from ragate.tuning.recipe import build, is_held_out
 from ragate.tuning.sources import Case, clean, load_cases
-from ragate.tuning.text import has, nearest, sentences, window
+from ragate.tuning.text import has, nearest, overlap, sentences, window, words_of
+from ragate.tuning.wording import dressed, told
 from ragate_engine import Tokenizer, open_checkpoint
 from ragate_engine.grammar import Grammars
 
@@ -168,9 +170,9 @@ OTHER = Case("s", "d", "And?", (passage(40),), ("Trams cross the square twice an
 
 
 def test_a_claim_keeps_its_wording_when_its_support_is_taken_away() -> None:
-    phrases = Phrases(CASE.passages)
+    names = Names(CASE.passages)
     seen = [
-        claim for seed in range(300) for claim in scene_of(CASE, OTHER, phrases, random.Random(seed)).claims
+        claim for seed in range(300) for claim in scene_of(CASE, OTHER, names, random.Random(seed)).claims
     ]
     removed = {claim.text for claim in seen if claim.kind == "support removed"}
     whole = {claim.text for claim in seen if claim.kind == "as written"}
@@ -179,9 +181,9 @@ def test_a_claim_keeps_its_wording_when_its_support_is_taken_away() -> None:
 
 
 def test_claims_changed_with_their_passages_hold_and_those_left_behind_do_not() -> None:
-    phrases = Phrases([passage(i) for i in range(30)])
+    names = Names([passage(i) for i in range(30)])
     for seed in range(300):
-        scene = scene_of(CASE, OTHER, phrases, random.Random(seed))
+        scene = scene_of(CASE, OTHER, names, random.Random(seed))
         for claim in scene.claims:
             if claim.kind.startswith(("number changed in", "name changed in")) and "claim" not in claim.kind:
                 words = re.findall(r"\b(?:Olive Marsh|\d{2,})\b", claim.text)
@@ -203,10 +205,10 @@ def test_what_cannot_be_told_to_be_gone_is_not_removed() -> None:
 
 
 def test_an_edit_takes_what_the_passages_say_and_puts_something_else() -> None:
-    phrases = Phrases([passage(i) for i in range(30)])
+    names = Names([passage(i) for i in range(30)])
     claim = "The harbour of Eastholm number 4 was built in 1804 by engineer Olive Marsh."
     for seed in range(50):
-        for edit in edits_of(claim, [passage(4)], phrases, random.Random(seed)):
+        for edit in edits_of(claim, [passage(4)], names, random.Random(seed)):
             assert edit.old in claim and edit.old in passage(4)
             assert not has(claim, edit.new)
 
@@ -228,6 +230,60 @@ def test_a_hedge_becomes_a_certainty() -> None:
         "It will help some people.",
         "It may help all people.",
     )
+
+
+def test_a_whole_answer_keeps_its_sentences_in_order_and_what_is_added_is_unsupported() -> None:
+    said = [f"The {word} boat came to the harbour in {1900 + i}." for i, word in enumerate(TOWNS[:5])]
+    case = Case("s", "c", "Which boats came?", (" ".join(said),), tuple(said), (), None, "\n".join(said))
+    assert whole_answer(case) == said
+    seen = set()
+    for seed in range(200):
+        scene = scene_of(case, OTHER, Names(said), random.Random(seed))
+        own = [claim for claim in scene.claims if claim.kind == "whole answer"]
+        if scene.whole and "context cut" not in {claim.kind for claim in scene.claims}:
+            places = [claim.text[claim.text.find("boat") :] for claim in own]
+            assert places == sorted(places, key=lambda text: text[-5:])
+            assert all(claim.label for claim in own)
+            seen |= {(claim.kind.partition(":")[0], claim.label) for claim in scene.claims}
+    assert {("whole answer", 1), ("filler", 0), ("addition", 0)} <= seen
+
+
+def test_an_answer_with_a_sentence_that_nobody_knows_to_be_supported_is_no_whole_answer() -> None:
+    assert (
+        whole_answer(Case("s", "c", "?", (passage(4),), (SAID,), (), None, f"{SAID} It is tall and white."))
+        == []
+    )
+
+
+# Wording
+
+
+def test_fillers_have_hundreds_of_wordings_and_no_open_slot() -> None:
+    symbols = {
+        symbol for options in GRAMMAR.values() for text in options for symbol in re.findall(r"{(\w+)}", text)
+    }
+    assert symbols - {"topic", "goal", "thing", "things", "other"} <= set(GRAMMAR)
+    subject = subject_of("How do I paint the harbour wall?", [passage(1)])
+    assert (subject.topic, subject.goal) == ("harbour", "paint the harbour wall")
+    for kind in (*KINDS, "addition"):
+        made = [filler(kind, subject, random.Random(seed)) for seed in range(300)]
+        assert len(set(made)) > 200
+        assert not any(re.search(r"[{}]", text) for text in made)
+
+
+def test_a_paraphrase_says_nothing_that_its_sentence_does_not() -> None:
+    sentence = "However, in 1997, the harbour of Corvane (see map) was sold."
+    made = {told(sentence, random.Random(seed)) for seed in range(50)}
+    assert "The harbour of Corvane was sold in 1997." in made
+    assert all(overlap(text, words_of([sentence])) == 1 for text in made)
+
+
+def test_a_claim_in_the_dress_of_an_answer_is_still_all_there() -> None:
+    made = {dressed(SAID, "the harbour", [passage(4)], random.Random(seed)) for seed in range(1000)}
+    assert f"Passage 1 provides more details: {SAID}" in made
+    assert len(made) > 20
+    assert all("arbour was built by engineer Olive Marsh" in text for text in made)
+    assert dressed(f"Steps: {SAID}", "it", [passage(4)], random.Random(1)) == f"Steps: {SAID}"
 
 
 # Text
@@ -343,7 +399,7 @@ def test_each_verdict_is_one_token_of_weight_one(name: str, made: list[lessons.L
             tokenizer.decode([t]) for t, w in zip(example.answer, example.weights, strict=True) if w == 1
         ]
         assert heavy == re.findall(r'"(?:verdict|attributed|noncommittal)":(\d)', lesson.text)
-        assert set(example.weights) <= {0.0, 0.1, 0.3, 1.0}
+        assert set(example.weights) <= {0.0, 0.03, 0.1, 1.0}
 
 
 def test_a_lesson_too_long_is_left_out_and_files_come_back_as_they_were(
