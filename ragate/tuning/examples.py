@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ragate.errors import TestSetError
-from ragate_engine import Example
 
 if TYPE_CHECKING:
     import numpy as np
