@@ -58,6 +58,8 @@ metrics = ["context_precision", "context_recall", "faithfulness", "answer_releva
 # The model that judges: "auto" picks by device; `ragate models list` shows the others; a .gguf file or a URL.
 # Scores of different judges cannot be compared: name one here to have the same on every machine.
 judge = JUDGE
+# A LoRA adapter that it wears, made by `ragate judge tune`.
+# adapter = "judges/mine"
 # embeddings = "all-minilm-l6-v2"
 
 # A metric that falls by this much fails the gate: 5 % of the baseline's mean, or points when absolute.

@@ -40,6 +40,7 @@ def test_the_defaults_are_the_documented_ones(tmp_path: Path) -> None:
         "testset": "",
         "metrics": METRICS,
         "judge": "auto",
+        "adapter": None,
         "target": "stored",
         "target_options": {},
         "target_timeout": 600.0,
@@ -91,6 +92,7 @@ def test_every_setting_has_a_text_and_a_variable(tmp_path: Path, monkeypatch: py
         "testset": "t.jsonl",
         "metrics": "faithfulness",
         "judge": "qwen-0.5b",
+        "adapter": "mine",
         "target": "app:f",
         "target_options": '{"k": 3}',
         "target_timeout": "5",
@@ -242,11 +244,12 @@ def test_the_file_is_searched_upward_to_the_repository_and_its_paths_follow(tmp_
     (tmp_path / "a" / "pyproject.toml").write_text("[project]\nname = 'x'\n")
     (tmp_path / "mine.gguf").write_bytes(b"")
     (tmp_path / "ragate.toml").write_text(
-        "testset = 'tests/t.jsonl'\nbaseline = 'b.json'\nout = '/abs/o'\njudge = 'mine.gguf'\n"
+        "testset = 'tests/t.jsonl'\nbaseline = 'b.json'\nout = '/abs/o'\njudge = 'mine.gguf'\nadapter = 'lora'\n"
     )
     settings = load(inner)
     assert (settings.testset, settings.baseline) == ("../../tests/t.jsonl", "../../b.json")
     assert (settings.judge, settings.root) == ("../../mine.gguf", "../..")
+    assert settings.adapter == "../../lora"
     assert (inner / str(settings.out)).resolve().as_posix() == "/abs/o"
     assert settings.origins["testset"] == "../../ragate.toml"
     assert load(inner, testset="t.jsonl").testset == "t.jsonl"
