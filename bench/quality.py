@@ -121,7 +121,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--calibration", type=Path, default=ROOT / "testsets" / "llm-serving", help="a test set, or `text`"
     )
     parser.add_argument("--data", type=Path, default=DATA, help=f"folder with {TEXT} and {LABELLED}")
-    parser.add_argument("--keep", type=Path, help="leave what is made in this folder, with windows.json")
     parser.add_argument("--out", type=Path, help="write the result here, as JSON")
     args = parser.parse_args(arguments)
     if args.windows < 2 or args.length < 2:
@@ -161,16 +160,12 @@ def _measured(
     base = list(compare(windows, head, kept, head, kept))
     rows = [row("reference", reference, base, base, said, said, items)]
     print(_line(rows[0]), flush=True)
-    if args.keep is not None:
-        args.keep.mkdir(parents=True, exist_ok=True)
-        (args.keep / "windows.json").write_text(json.dumps(windows))
-    with tempfile.TemporaryDirectory(prefix="ragate-quality-") as temporary:
-        folder = args.keep or Path(temporary)
+    with tempfile.TemporaryDirectory(prefix="ragate-quality-") as folder:
         made: dict[str, tuple[Path, float]] = {}
         for each, config in zip(formats, configs, strict=True):
             if each.base not in made:
                 start = time.perf_counter()
-                path = make(each, reference, folder, calibration, args.device)
+                path = make(each, reference, Path(folder), calibration, args.device)
                 made[each.base] = path, time.perf_counter() - start
             path, seconds = made[each.base]
             checkpoint = open_checkpoint(path)
