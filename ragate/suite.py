@@ -377,7 +377,22 @@ def verdict_of(
         release_path=_shown(settings.release),
         judge_accuracy=known_accuracy(settings, run),
     )
-    return gate.model_copy(update={"run_digest": run_digest(run)})
+    warnings = (*gate.warnings, *strange_calibration(settings, run))
+    return gate.model_copy(update={"run_digest": run_digest(run), "warnings": warnings})
+
+
+def strange_calibration(settings: Settings, run: Run) -> tuple[str, ...]:
+    """What to say of a calibration that is of another judge or prompt than the run's, and so tells nothing of it."""
+    calibration = load_known(settings)
+    if calibration is None or f"prompt_{calibration.metric}" not in run.fingerprint:
+        return ()
+    other = calibration.differences(run.fingerprint)
+    if not other:
+        return ()
+    return (
+        f"the calibration {_shown(settings.calibration)} is of another judge or prompt ({', '.join(other)}) and tells "
+        "nothing of this one: `ragate judge calibrate` makes its own",
+    )
 
 
 def _shown(path: str | None) -> str:

@@ -23,7 +23,7 @@ from ragate.judging.mapping import Calibration, ScoreMap, save_calibration
 from ragate.metrics import METRICS
 from ragate.run import Claim, Run
 from ragate.soft import SoftScores, average_precision
-from ragate.suite import known_accuracy
+from ragate.suite import known_accuracy, strange_calibration
 from ragate.testset import Item, TestSet
 
 MAP = ScoreMap(temperature=2.0, knots=((0.0, 0.1), (1.0, 0.5)), method="isotonic")
@@ -146,6 +146,19 @@ def test_the_gate_is_told_what_the_scores_of_this_judge_show_of_a_drop(tmp_path:
     assert known(tmp_path, mine | {"scores": "soft"}) == {"faithfulness": 0.625}
     assert known(tmp_path, mine, judge_accuracy=0.9) == {"faithfulness": 0.75, "context_recall": 0.9}
     assert known(tmp_path, mine | {"judge_weights": "other"}) == {}
+
+
+def test_a_calibration_of_another_judge_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    mine = {"judge_weights": "w", "prompt_faithfulness": "p"}
+    save_calibration(calibration(mine), tmp_path / "map.json")
+    settings = Settings(calibration=str(tmp_path / "map.json"))
+
+    def said(fingerprint: dict[str, str]) -> tuple[str, ...]:
+        return strange_calibration(settings, Run.model_construct(fingerprint=fingerprint))
+
+    assert said(mine) == said({"judge_weights": "other"}) == ()  # the second did not score that metric
+    (warning,) = said(mine | {"judge_weights": "other"})
+    assert "map.json is of another judge or prompt (judge_weights)" in warning
 
 
 def test_means_that_differ_by_rounding_show_nothing_of_a_drop(tmp_path: Path) -> None:
