@@ -61,7 +61,8 @@ def main(results: Path = RESULTS, page: Path = PAGE) -> None:
     found = [json.loads(path.read_text()) for path in sorted(results.glob("quality-*.json"))]
     if not found:
         raise FileNotFoundError(f"{results} has no quality-*.json: run bench/quality.py")
-    sections = [_head(), *(_model(group) for group in _alike(found)), _published()]
+    times = [json.loads(path.read_text()) for path in sorted(results.glob("quantize-*.json"))]
+    sections = [_head(), *(_model(group) for group in _alike(found)), _times(times), _published()]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(line for section in sections for line in section))
     print(page)
@@ -123,6 +124,23 @@ def _model(results: list[dict[str, Any]]) -> list[str]:
     ]
     commands = dict.fromkeys(each["command"] for each in results)
     return [*out, "```bash", *commands, "```", ""]
+
+
+def _times(found: list[dict[str, Any]]) -> list[str]:
+    """How long quantizing takes; nothing where it was not measured."""
+    if not found:
+        return []
+    rows = [
+        f"| {each['model']} | {each['method']}, {each['bits']} bits, group {each['group']} | {each['hardware']} | "
+        f"{each['seconds'] / 60:.1f} | {each['bytes'] / 1e9:.2f} | {each['peak_bytes'] / 1e9:.1f} |"
+        for each in found
+    ]
+    commands = [each["command"] for each in found]
+    head = [
+        "| model | method | on | minutes | GB made | GB of memory at most |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    return ["## How long it takes", "", *head, *rows, "", "```bash", *commands, "```", ""]
 
 
 def _calibrated(results: list[dict[str, Any]]) -> str:
