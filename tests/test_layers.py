@@ -10,8 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "triton", "ragas", "transformers", "pandas", "datasets"}
 ENGINE_ORDER = [
-    "errors", "config", "rope", "roofline", "devices", "budget", "blocks", "request", "scheduler", "quant", "weights",
-    "footprint", "lora",
+    "errors", "files", "config", "rope", "roofline", "devices", "budget", "blocks", "request", "scheduler", "quant",
+    "weights", "footprint", "lora",
     "kernels", "kv", "layers", "model", "quantize", "training", "grammar", "sampling", "steps", "card", "trial",
     "runner", "engine",
 ]  # fmt: skip

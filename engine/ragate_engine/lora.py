@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from safetensors.torch import save
 
 from ragate_engine.config import ModelConfig
 from ragate_engine.errors import ConfigError, ModelFileError
+from ragate_engine.files import write_whole
 from ragate_engine.quant.tensor import QuantTensor
 from ragate_engine.weights import names
 from ragate_engine.weights.fields import Fields, read_json
@@ -237,22 +237,8 @@ def write_adapter(folder: str | Path, adapter: Adapter, base: str, extra: Mappin
         "use_rslora": False,
         "inference_mode": True,
     }
-    _write_whole(folder / WEIGHTS, save(tensors, {"format": "pt"}))
-    _write_whole(folder / CONFIG, (json.dumps(fields, indent=2) + "\n").encode())
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Replace `path` at once: temporary file, fsync, rename. Raises OSError, nothing left behind."""
-    made = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(made, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(made, path)
-    except OSError:
-        made.unlink(missing_ok=True)
-        raise
+    write_whole(folder / WEIGHTS, save(tensors, {"format": "pt"}))
+    write_whole(folder / CONFIG, (json.dumps(fields, indent=2) + "\n").encode())
 
 
 # ---- added to the weights ----

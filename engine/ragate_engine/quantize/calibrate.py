@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from ragate_engine.devices import pick_device
 from ragate_engine.errors import ConfigError, ModelFileError, OutOfMemoryError
+from ragate_engine.files import write_whole
 from ragate_engine.layers import dense, rope_tables
 from ragate_engine.quant.tensor import QuantTensor
 from ragate_engine.quantize.awq import FOLDED, Seen, awq
@@ -33,7 +34,6 @@ from ragate_engine.quantize.write import (
     write_end,
     write_shard,
     write_top,
-    write_whole,
 )
 from ragate_engine.weights import names
 from ragate_engine.weights.fields import read_json

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from safetensors.torch import save
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import processors
 
+from ragate_engine.files import write_whole
 from ragate_engine.quant.packed import pack_awq, pack_gptq, unpack_awq, unpack_gptq
 from ragate_engine.quant.tensor import QuantTensor
 from ragate_engine.quantize.layer import LINEARS, STAGES
@@ -21,7 +21,7 @@ from ragate_engine.weights import names
 from ragate_engine.weights.fields import read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from ragate_engine.config import ModelConfig, RopeConfig
@@ -56,19 +56,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of plain tensors, widest first as safetensors lays them out."""
 _PIECE_WEIGHTS = 1 << 24
 """Of a table, written at a time."""
-
-_FILE_MODE = 0o644
-
-
-def write_whole(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Replace `path` at once, with bytes or pieces of them: temporary file, fsync, rename. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:
-        file.writelines([data] if isinstance(data, bytes) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(temporary, _FILE_MODE)
-    os.replace(temporary, path)
 
 
 def shard_path(folder: Path, index: int, config: ModelConfig) -> Path:

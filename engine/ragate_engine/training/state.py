@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from ragate_engine.errors import ConfigError, ModelFileError
+from ragate_engine.files import write_whole
 from ragate_engine.lora import CONFIG
-from ragate_engine.quantize.write import write_whole
 from ragate_engine.weights.fields import read_json
 
 if TYPE_CHECKING:
