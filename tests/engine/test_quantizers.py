@@ -230,8 +230,10 @@ def plain_rounded(row: list[float], gram: np.ndarray, bits: int, group: int) -> 
             for share in SHARES:
                 scale, zero = plain_grid((part * share).tolist(), bits, symmetric=False)
                 code = np.clip(np.round(part / scale) + zero, 0, 2**bits - 1)
-                tried = off.copy()
-                tried[at : at + group] = (code - zero) * scale - part
+                level, tried = np.zeros(len(row)), off.copy()
+                level[at : at + group], tried[at : at + group] = code - zero, -part
+                fit = -(level @ gram @ tried) / (level @ gram @ level)  # the change is tried + scale * level
+                tried += np.clip(fit, 0.75 * scale, 1.25 * scale) * level
                 lost = tried @ gram @ tried
                 if lost < least:
                     least, best = lost, tried

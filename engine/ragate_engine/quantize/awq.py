@@ -29,6 +29,8 @@ DOUBT = 1.0
 """How often the diagonal of what correlates counts once more: other text correlates otherwise."""
 SWEEPS = 2
 """How often every group of a row is chosen, given the errors of the others."""
+REFIT = 0.25
+"""Share of a group's scale that it may move by, once its codes are chosen, to where they fit best."""
 STEPS, RATE = 60, 0.1
 """Of the descent to the best scales, in their logarithms."""
 ROWS = 4096
@@ -220,6 +222,8 @@ def _expected(rows: Rows, scales: torch.Tensor, group: int) -> torch.Tensor:
 def rounded(weight: torch.Tensor, gram: torch.Tensor, bits: int, group: int) -> Quantized:
     """`weight`, float32 [out, in], rounded to nearest, each group on the clipped range that changes its row least.
 
+    The scale is then moved to where it fits the codes best (least squares), if that is near (`REFIT`).
+
     The error of a row is d G d^T, for d its changes and G the `gram` of its inputs, float32 [in, in], with more on
     its diagonal (`DOUBT`): what is true of the calibration's correlations need not be of other text. A group is
     chosen given what the others have lost. Clipping makes weights smaller, and a little in every layer is a lot in the
@@ -235,12 +239,18 @@ def rounded(weight: torch.Tensor, gram: torch.Tensor, bits: int, group: int) -> 
             columns = slice(g * group, (g + 1) * group)
             part, own = weight[:, columns].contiguous(), gram[columns, columns]
             pull = 2 * (change @ gram[:, columns] - change[:, columns] @ own)
+            shown = part @ own
+            wanted = shown - pull / 2
             least = weight.new_full((rows,), torch.inf)
             for share in SHARES:
                 scale, zero = find_grid(part * share, bits, symmetric=False)
                 code = codes_on(part, scale.unsqueeze(1), zero.unsqueeze(1), bits)
-                off = (code - zero.unsqueeze(1)) * scale.unsqueeze(1) - part
-                lost = ((off @ own + pull) * off).sum(1)
+                level = code - zero.unsqueeze(1)
+                felt = level @ own
+                fit = (level * wanted).sum(1) / (level * felt).sum(1)
+                scale = fit.nan_to_num(0.0).maximum(scale * (1 - REFIT)).minimum(scale * (1 + REFIT))
+                off = level * scale.unsqueeze(1) - part
+                lost = ((felt * scale.unsqueeze(1) - shown + pull) * off).sum(1)
                 better = lost < least
                 least = torch.where(better, lost, least)
                 scales[:, g], zeros[:, g] = (

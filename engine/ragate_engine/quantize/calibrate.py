@@ -51,7 +51,7 @@ STATE = "quantizing.json"
 _DIGESTS = ("source", "calibration")
 """Settings in `STATE` that are no words for people."""
 
-_VERSION = 2
+_VERSION = 3
 """Of the arithmetic: raised where the same settings give other bytes."""
 
 
