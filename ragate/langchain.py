@@ -113,7 +113,8 @@ class ChatRagate(BaseChatModel):  # type: ignore[misc]
             from ragate.catalog import resolve_judge
             from ragate.session import open_engine
 
-            self.engine = open_engine(resolve_judge(self.model).path)
+            choice = resolve_judge(self.model)
+            self.engine = open_engine(choice.path, adapter=choice.adapter)
         engine: Engine = self.engine
         return engine
 

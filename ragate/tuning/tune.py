@@ -38,7 +38,8 @@ class Source:
     def describe(self) -> str:
         """In words, for the card."""
         if self.data is None:
-            return f"{', '.join(path.name for path in self.examples)}, made by `python -m ragate.tuning`"
+            files = ", ".join(path.name for path in self.examples)
+            return f"the first {self.size:,} at most of {files}, made by `python -m ragate.tuning`"
         return f"{self.size:,} lessons, seed {self.seed}, made by `python -m ragate.tuning`"
 
 
@@ -77,7 +78,7 @@ def _examples(
     from ragate.tuning.examples import examples_of, load_examples
 
     if source.data is None:
-        return load_examples(*source.examples), load_examples(*source.held_out)[:HELD_OUT]
+        return load_examples(*source.examples)[: source.size], load_examples(*source.held_out)[:HELD_OUT]
     from ragate.tuning.recipe import build
 
     if checkpoint.tokenizer is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import multiprocessing
 import socketserver
 import subprocess
@@ -12,6 +13,7 @@ import threading
 import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,7 +24,6 @@ from ragate.errors import CatalogError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 ONE = b"first half of the weights, " * 1000
 TWO = b"and the second half. " * 1000
@@ -308,17 +309,11 @@ def test_an_unknown_model_suggests_the_nearest_name() -> None:
         catalog.find("zzz")
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize(
-    ("device", "missing", "expected"),
-    [
-        ("cuda", set(), "qwen-1.5b"),
-        ("cpu", set(), "qwen-0.5b"),
-        ("cuda", {"qwen-1.5b"}, "qwen-0.5b"),
-        ("cpu", {"qwen-0.5b"}, "smollm2-135m"),
-        ("cuda", {"qwen-1.5b", "qwen-0.5b"}, "smollm2-135m"),
-    ],
+    ("missing", "expected"), [(set(), "qwen-0.5b-judge"), ({"qwen-0.5b-judge"}, "smollm2-judge")]
 )
-def test_auto_takes_the_strongest_judge_for_the_device_that_can_be_had(
+def test_auto_takes_the_strongest_judge_that_can_be_had(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, missing: set[str], expected: str
 ) -> None:
     def model_path(name: str, **_: object) -> Path:
@@ -328,16 +323,39 @@ def test_auto_takes_the_strongest_judge_for_the_device_that_can_be_had(
 
     monkeypatch.setattr(catalog, "model_path", model_path)
     choice = catalog.resolve_judge("auto", device)
-    assert (choice.name, choice.path, choice.proven) == (expected, tmp_path / expected, False)
-    assert f"The judge {expected} is unproven: " in (choice.note or "")
+    assert (choice.name, choice.title, choice.path) == (expected, expected, tmp_path / expected)
+    assert choice.adapter is not None and choice.adapter.name == expected
+    assert (choice.note is None) == choice.proven == (not missing)
     assert ("has vanished" in (choice.note or "")) == bool(missing)
 
 
 def test_auto_without_any_judge_says_why(monkeypatch: pytest.MonkeyPatch, shelf: Path) -> None:
-    gone = [replace(TINY, name=name, packages=()) for name in ("qwen-0.5b", "smollm2-135m")]
+    gone = [replace(TINY, name=name, packages=()) for name in ("qwen-0.5b-judge", "smollm2-judge")]
     monkeypatch.setattr(catalog, "_MODELS", tuple(gone))
-    with pytest.raises(CatalogError, match=r"no judge can be had: smollm2-135m cannot be had.*--judge"):
+    with pytest.raises(CatalogError, match=r"no judge can be had: smollm2-judge cannot be had.*--judge"):
         catalog.resolve_judge("auto", "cpu")
+
+
+@pytest.mark.parametrize("name", ["qwen-0.5b-judge", "smollm2-judge"])
+def test_a_trained_judge_is_its_base_with_the_adapter_beside_the_code(name: str) -> None:
+    model = catalog.find(name)
+    assert model.base is not None and model.adapter is not None
+    base = catalog.find(model.base)
+    assert (model.files, model.packages) == (base.files, base.packages)  # one copy in the cache serves both
+    config = json.loads((model.adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == base.files[0].path
+    assert 1e6 < (model.adapter / "adapter_model.safetensors").stat().st_size < 10e6
+    card = (model.adapter / "README.md").read_text()
+    for word in ("## Data", "## Recipe", "seed", "## Figures", "## Limits", "Licence", base.licence):
+        assert word in card, word
+
+
+def test_another_adapter_takes_the_place_of_the_one_that_a_judge_wears(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    adapter = catalog.find("smollm2-judge").adapter
+    choice = catalog.JudgeChoice("smollm2-judge", Path("m.gguf"), None, True, adapter).wearing(tmp_path)
+    assert (choice.title, choice.proven) == (f"smollm2-135m + {tmp_path.name}", False)
+    assert choice.note == f"The judge smollm2-135m wears {tmp_path.name}, of which nothing is known."
 
 
 def test_a_gguf_file_or_a_model_folder_can_judge_but_is_called_unproven(tmp_path: Path) -> None:
@@ -370,12 +388,12 @@ def test_a_folder_without_a_config_is_no_judge(tmp_path: Path) -> None:
 
 def test_the_catalogue_is_consistent() -> None:
     names = [model.name for model in catalog.models()]
-    assert len(set(names)) == len(names) == 5
+    assert len(set(names)) == len(names) == 7
     for model in catalog.models():
         assert all(len(file.sha256) == 64 and file.size > 0 for file in model.files)
         assert all("==" in package for package in model.packages)
         assert len(model.packages) <= sum(len(file.members) for file in model.files)
-        assert not model.proven
+        assert model.proven == (model.name == "qwen-0.5b-judge")
         assert model.accuracy
     assert catalog.find("qwen-1.5b").size == 1_117_320_768
 
