@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--statements", choices=("sentences", "judge"), default="sentences")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--max-batch", type=int, help="requests that run at once")
-    parser.add_argument("--adapter", type=Path, help="LoRA adapter that the judges wear")
+    parser.add_argument("--adapter", type=Path, help="LoRA adapter that the judges wear, if not their own")
     parser.add_argument("--beside", action="store_true", help="keep it beside the weights, not merged")
     parser.add_argument(
         "--render", type=Path, metavar="FILE", help="only write the prompts (.jsonl or .jsonl.gz)"
@@ -78,9 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error("--prompts wants one judge and --out")
         write_rows(options.out, answers_of(options.judges[0], read_rows(options.prompts), options))
     elif options.answers:
-        report([(path.stem, read_rows(path)) for path in options.answers], options)
+        report([(path.name.partition(".jsonl")[0], read_rows(path)) for path in options.answers], options)
     elif options.judges:
-        report([(judge, both_rounds(judge, options)) for judge in options.judges], options)
+        answered = [both_rounds(judge, options) for judge in options.judges]
+        report([(rows[0]["judge"], rows) for rows in answered], options)
     else:
         parser.error("name judges, or one of --render, --prompts and --answers")
 
@@ -175,13 +176,14 @@ def prompts_of(options: argparse.Namespace, answers: Rows | None) -> Rows:
 
 def answers_of(judge: str, prompts: Rows, options: argparse.Namespace) -> Rows:
     """What the judge says, greedy, as `ragate.judge.EngineJudge` asks it; the first row says who it was."""
-    path = Path(judge)
+    path, adapter = Path(judge), options.adapter
     if not path.exists():
-        from ragate.catalog import model_path
+        from ragate.catalog import resolve_judge
 
-        path = model_path(judge)
-    config = engine_config(options)
-    worn = {"adapter": options.adapter.name} if options.adapter and options.beside else {}
+        choice = resolve_judge(judge, options.device)
+        path, adapter = choice.path, adapter or choice.adapter
+    config = engine_config(options, adapter)
+    worn = {"adapter": adapter.name} if adapter and options.beside else {}
     started = time.perf_counter()
     with Engine.load(path, config) as engine:
         loaded = time.perf_counter()
@@ -215,7 +217,7 @@ def answers_of(judge: str, prompts: Rows, options: argparse.Namespace) -> Rows:
                 print(f"{judge}: {len(rows)} of {len(found)}", file=sys.stderr)
         header = {
             "judge": judge if options.adapter is None else f"{judge} + {options.adapter.name}",
-            "adapter": None if options.adapter is None else "beside" if options.beside else "merged",
+            "adapter": None if adapter is None else "beside" if options.beside else "merged",
             "describe": engine.describe(),
             "load_seconds": round(loaded - started, 1),
             "seconds": round(time.perf_counter() - loaded, 1),
@@ -224,11 +226,11 @@ def answers_of(judge: str, prompts: Rows, options: argparse.Namespace) -> Rows:
     return [header, *rows]
 
 
-def engine_config(options: argparse.Namespace) -> EngineConfig:
-    """The engine as the options want it."""
+def engine_config(options: argparse.Namespace, adapter: Path | None) -> EngineConfig:
+    """The engine as the options want it, with the adapter that the judge wears."""
     settings: dict[str, Any] = {"device": options.device, "max_batch": options.max_batch}
-    if options.adapter is not None:
-        settings |= {"adapters": (options.adapter,)} if options.beside else {"merge_adapter": options.adapter}
+    if adapter is not None:
+        settings |= {"adapters": (adapter,)} if options.beside else {"merge_adapter": adapter}
     return EngineConfig(**settings)
 
 
@@ -243,7 +245,7 @@ def report(answered: Sequence[tuple[str, Rows]], options: argparse.Namespace) ->
     lines = []
     result: dict[str, Any] = {"judges": {}}
     for name, rows in answered:
-        head = rows[0] if rows and "describe" in rows[0] else {"judge": name}
+        head = {**(rows[0] if rows and "describe" in rows[0] else {}), "judge": name}
         found = {each: got for each in options.sets if (got := scored(each, rows, head, options))}
         entry: dict[str, Any] = {
             "answered": head,
@@ -309,14 +311,12 @@ def scored(
 
 
 def table(name: str, quality: Quality, judge: str) -> list[str]:
-    """A line a score: the set, who, then AUROC, AUROC within and balanced accuracy, each with its interval."""
+    """A line a score: the set, who, then AUROC, within, balanced accuracy and gain over word overlap."""
     lines = []
     for figures in quality.scores:
         who = figures.name.replace("judge", judge) if figures.name.startswith("judge") else figures.name
-        cells = "  ".join(
-            f"{interval.value:.3f} [{interval.lower:.3f}, {interval.upper:.3f}]"
-            for interval in (figures.auroc, figures.auroc_within, figures.balanced_accuracy)
-        )
+        shown = (figures.auroc, figures.auroc_within, figures.balanced_accuracy, figures.gain)
+        cells = "  ".join(f"{i.value:.3f} [{i.lower:.3f}, {i.upper:.3f}]" for i in shown if i is not None)
         lines.append(f"{name:9} {who:44} {cells}  n {quality.items}")
     now, best = quality.as_it_is, quality.at_threshold
     lines.append(

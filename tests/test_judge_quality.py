@@ -68,9 +68,12 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def figures(path: Path) -> dict[str, Any]:
-    """Figures by judge and set."""
+    """Figures by judge, without the folders and endings of its name, and set."""
     judges = json.loads(path.read_text())["judges"]
-    return {Path(judge).name: found["sets"] for judge, found in judges.items()}
+    return {
+        Path(judge).stem: {name: {**found, "judge": ""} for name, found in entry["sets"].items()}
+        for judge, entry in judges.items()
+    }
 
 
 def test_the_way_over_files_gives_the_figures_of_the_way_without(
@@ -89,10 +92,10 @@ def test_the_way_over_files_gives_the_figures_of_the_way_without(
     assert figures(data / "parts.json") == figures(result)
     shown = capsys.readouterr().out
     assert shown.count("ragtruth  word overlap") == 1  # a floor is said once
-    found = figures(result)["one.gguf"]
+    found = figures(result)["one"]
     assert {name: found[name]["items"] for name in found} == {"ragtruth": 24, "wice": 48, "begin": 24}
     assert found["wice"]["positive"] == 8
-    assert figures(result)["two.gguf"]["ragtruth"]["scores"] != found["ragtruth"]["scores"]
+    assert figures(result)["two"]["ragtruth"]["scores"] != found["ragtruth"]["scores"]
 
 
 def test_ragas_pipeline_takes_a_second_round_over_the_judges_own_statements(data: Path) -> None:
@@ -110,7 +113,7 @@ def test_ragas_pipeline_takes_a_second_round_over_the_judges_own_statements(data
     prompt = next(row["prompt"] for row in asked if row["item"] == "a3")
     assert json.dumps(own[0]) in prompt
     main([str(data / "one.gguf"), *common, "--out", str(data / "result.json")])
-    assert figures(data / "result.json")["one.gguf"]["ragtruth"]["items"] == 24
+    assert figures(data / "result.json")["one"]["ragtruth"]["items"] == 24
 
 
 def test_a_prompt_that_is_too_long_costs_its_item_alone(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,10 +136,10 @@ def test_answering_prompts_needs_neither_ragas_nor_pydantic() -> None:
 
 
 def test_an_adapter_is_merged_or_stays_beside_the_weights() -> None:
-    options = argparse.Namespace(device="cpu", max_batch=None, adapter=Path("folder"), beside=False)
-    assert engine_config(options).merge_adapter == Path("folder")
+    options = argparse.Namespace(device="cpu", max_batch=None, beside=False)
+    assert engine_config(options, Path("folder")).merge_adapter == Path("folder")
     options.beside = True
-    beside = engine_config(options)
+    beside = engine_config(options, Path("folder"))
     assert (beside.merge_adapter, beside.adapters) == (None, (Path("folder"),))
 
 
@@ -146,6 +149,7 @@ def test_the_gate_with_people_as_its_judge_is_known_for_each_pair_of_generators(
             id=f"{name}{i}",
             label=label,
             soft=0.5,
+            least=0.5,
             mean=0.5,
             hard=hard,
             overlap=1.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -15,6 +16,8 @@ Call = Literal["statements", "nli", "precision"]
 """ragas' prompts: cut an answer into statements, judge statements by the contexts, judge one context."""
 
 
+SMALLEST = 1e-6
+"""What a P is at least in a product: probabilities come with 6 decimals."""
 CALLS: dict[Subject, Call] = {"faithfulness": "nli", "relevance": "precision"}
 """The call that judges what is labelled."""
 
@@ -61,7 +64,9 @@ class Row(Frozen):
     id: str
     label: int
     soft: float
-    """P(verdict = 1): of an answer the least over its statements, so that one bad statement tells."""
+    """P(verdict = 1): of an answer the product over its statements, as if they were independent: all must hold."""
+    least: float
+    """The least P over the statements: at 0.5, the judge's own verdict on the whole answer."""
     mean: float
     """Mean of P over the statements."""
     hard: float
@@ -99,7 +104,8 @@ def answer_row(item: Labelled, said: Sequence[Said]) -> Row:
     return Row(
         id=item.id,
         label=item.faithful,
-        soft=min(each.probability for each in said),
+        soft=math.prod(max(each.probability, SMALLEST) for each in said),
+        least=min(each.probability for each in said),
         mean=sum(each.probability for each in said) / len(said),
         hard=sum(each.verdict for each in said) / len(said),
         overlap=overlap(item.answer, item.contexts),
@@ -121,6 +127,7 @@ def context_row(item: Labelled, index: int, said: Said) -> Row:
         id=f"{item.id}#{index}",
         label=item.context_relevant[index],
         soft=said.probability,
+        least=said.probability,
         mean=said.probability,
         hard=said.verdict,
         overlap=overlap(item.answer, [context]),

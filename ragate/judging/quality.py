@@ -47,6 +47,8 @@ class ScoreFigures(Frozen):
     """Within generators; of contexts, within the item that they belong to."""
     balanced_accuracy: Interval
     """At a threshold chosen on one half of the sources and tested on the other."""
+    gain: Interval | None
+    """AUROC less that of word overlap, on the same resamples; `None` of the floors."""
 
 
 class Agreement(Frozen):
@@ -112,16 +114,15 @@ class Quality(Frozen):
     """What got no verdict."""
     scores: tuple[ScoreFigures, ...]
     """The judge's first, the floors last."""
-    gain: Interval
-    """The judge's AUROC less that of word overlap, on the same resamples."""
     as_it_is: Agreement
     """At P = 0.5 of the weakest statement, which is the verdict that the judge gives."""
     at_threshold: Agreement
     """Each half judged at the other's best threshold, both halves together, mean of the halvings."""
     threshold: Figure
-    """The best threshold on all items."""
+    """The best threshold of the judge's score on all items."""
     error_before: Figure
-    """Expected calibration error of P, 15 bins of equal mass."""
+    """Expected calibration error of the least P, 15 bins of equal mass. It, and not the product, goes through the map:
+    a statement's P must."""
     error_after: dict[str, Figure]
     """The same after each map, fitted on the other half."""
     scores_map: ScoreMap
@@ -131,7 +132,7 @@ class Quality(Frozen):
     reliability_after: tuple[Bin, ...]
     roc: dict[str, tuple[tuple[float, float], ...]]
     histogram: dict[str, tuple[int, ...]]
-    """Counts of P by label."""
+    """Counts of the least P by label."""
     groups: tuple[Group, ...]
     misses: tuple[Miss, ...] = Field(default=())
 
@@ -149,6 +150,7 @@ class Source(NamedTuple):
 
 SCORES: dict[str, Callable[[Row], float]] = {
     "judge": lambda row: row.soft,
+    "judge, least over statements": lambda row: row.least,
     "judge, mean over statements": lambda row: row.mean,
     "judge, hard verdicts": lambda row: row.hard,
     "word overlap": lambda row: row.overlap,
@@ -158,7 +160,7 @@ SCORES: dict[str, Callable[[Row], float]] = {
 """Name -> score. `shortness` is fewer content words, which speaks for an answer; `length` is more, for a context."""
 UNUSED: dict[Subject, tuple[str, ...]] = {
     "faithfulness": ("length",),
-    "relevance": ("judge, mean over statements", "shortness"),
+    "relevance": ("judge, least over statements", "judge, mean over statements", "shortness"),
 }
 """Scores that say nothing of a subject."""
 
@@ -167,17 +169,16 @@ def quality_of(rows: Sequence[Row], source: Source, *, resamples: int = stats.RE
     """All figures; those that need both labels are NaN where one is missing. `rows` must not be empty."""
     labels = np.array([row.label for row in rows], dtype=np.int64)
     clusters = [row.cluster for row in rows]
-    generators = [row.generator for row in rows]
     codes = stats.group_codes(clusters)
     soft = np.array([row.soft for row in rows], dtype=np.float64)
+    least = np.array([row.least for row in rows], dtype=np.float64)
     hard = np.array([row.hard for row in rows], dtype=np.float64)
-    wanted = [name for name in SCORES if name not in UNUSED[source.subject]]
-    fitted = fit(soft, labels, codes)
-    after = {method: crossfitted(soft, labels, codes, method) for method in METHODS}
+    fitted = fit(least, labels, codes)
+    after = {method: crossfitted(least, labels, codes, method) for method in METHODS}
     mapped = after[fitted.method]
     # what a map shows on the items that it was fitted on is more than it shows on others
     statement_means = np.array([row.mean for row in rows])
-    for part, other in crossfits(soft, labels, codes):
+    for part, other in crossfits(least, labels, codes):
         for i in np.flatnonzero(part).tolist():
             said = np.array([s.probability for s in rows[i].said])
             statement_means[i] = apply(other, said, fitted.method).mean()
@@ -192,46 +193,47 @@ def quality_of(rows: Sequence[Row], source: Source, *, resamples: int = stats.RE
         unlabelled=source.unlabelled,
         failed=source.failed,
         scores=tuple(
-            _figures(name, [SCORES[name](row) for row in rows], labels, generators, clusters, resamples)
-            for name in wanted
+            _figures(name, rows, labels, resamples) for name in SCORES if name not in UNUSED[source.subject]
         ),
-        gain=Interval(
-            **stats.auroc_gain(
-                soft.tolist(), [row.overlap for row in rows], labels.tolist(), clusters, resamples=resamples
-            )._asdict()
-        ),
-        as_it_is=_agreement(labels, (soft >= 0.5).astype(np.int64)),
+        as_it_is=_agreement(labels, (least >= 0.5).astype(np.int64)),
         at_threshold=_at_threshold(soft, labels, codes),
         threshold=stats.best_threshold(soft, labels),
-        error_before=stats.calibration_error(soft, labels),
+        error_before=stats.calibration_error(least, labels),
         error_after={str(name): stats.calibration_error(s, labels) for name, s in after.items()},
         scores_map=fitted,
         shown_hard=_gap(hard, labels),
         shown_soft=_gap(statement_means, labels),
-        reliability=_bins(soft, labels),
+        reliability=_bins(least, labels),
         reliability_after=_bins(mapped, labels),
         roc={
             name: _thinned(stats.roc(np.array([SCORES[name](row) for row in rows]), labels))
             for name in ("judge", "word overlap")
         },
-        histogram={str(label): _histogram(soft[labels == label]) for label in (1, 0)},
-        groups=_groups(soft, hard, labels, generators) if source.subject == "faithfulness" else (),
+        histogram={str(label): _histogram(least[labels == label]) for label in (1, 0)},
+        groups=_groups(rows) if source.subject == "faithfulness" else (),
         misses=_misses(rows),
     )
 
 
-def _figures(
-    name: str,
-    scores: Sequence[float],
-    labels: stats.Ints,
-    generators: Sequence[str],
-    clusters: Sequence[str],
-    resamples: int,
-) -> ScoreFigures:
-    found = stats.discrimination(scores, labels.tolist(), generators, clusters, resamples=resamples)
+def _figures(name: str, rows: Sequence[Row], labels: stats.Ints, resamples: int) -> ScoreFigures:
+    scores = [SCORES[name](row) for row in rows]
+    known, clusters = labels.tolist(), [row.cluster for row in rows]
+    generators, overlaps = [row.generator for row in rows], [row.overlap for row in rows]
+    found = stats.discrimination(scores, known, generators, clusters, resamples=resamples)
+    gain = None
+    if name.startswith("judge"):
+        gain = _interval(stats.auroc_gain(scores, overlaps, known, clusters, resamples=resamples))
     return ScoreFigures(
-        name=name, **{key: Interval(**value._asdict()) for key, value in found._asdict().items()}
+        name=name,
+        auroc=_interval(found.auroc),
+        auroc_within=_interval(found.auroc_within),
+        balanced_accuracy=_interval(found.balanced_accuracy),
+        gain=gain,
     )
+
+
+def _interval(found: stats.Interval) -> Interval:
+    return Interval(**found._asdict())
 
 
 def _agreement(labels: stats.Ints, verdicts: stats.Ints) -> Agreement:
@@ -285,24 +287,22 @@ def _histogram(scores: stats.Floats) -> tuple[int, ...]:
     return tuple(int(n) for n in np.histogram(scores, bins=HISTOGRAM, range=(0, 1))[0])
 
 
-def _groups(
-    soft: stats.Floats, hard: stats.Floats, labels: stats.Ints, names: Sequence[str]
-) -> tuple[Group, ...]:
+def _groups(rows: Sequence[Row]) -> tuple[Group, ...]:
     found = []
-    for name in sorted(set(names)):
-        own = np.array([each == name for each in names])
-        if own.sum() < LEAST_GROUP:
+    for name in sorted({row.generator for row in rows}):
+        own = [row for row in rows if row.generator == name]
+        if len(own) < LEAST_GROUP:
             continue
+        labels = np.array([row.label for row in own], dtype=np.int64)
+        verdicts = np.array([row.least >= 0.5 for row in own], dtype=np.int64)
         found.append(
             Group(
                 name=name,
-                items=int(own.sum()),
-                positive=float(labels[own].mean()),
-                auroc=stats.auroc(soft[own], labels[own]),
-                balanced_accuracy=stats.confusion(
-                    labels[own], (soft[own] >= 0.5).astype(np.int64)
-                ).balanced_accuracy,
-                mean=float(hard[own].mean()),
+                items=len(own),
+                positive=float(labels.mean()),
+                auroc=stats.auroc(np.array([row.soft for row in own]), labels),
+                balanced_accuracy=stats.confusion(labels, verdicts).balanced_accuracy,
+                mean=float(np.mean([row.hard for row in own])),
             )
         )
     return tuple(found)
@@ -310,13 +310,13 @@ def _groups(
 
 def _misses(rows: Sequence[Row]) -> tuple[Miss, ...]:
     """Wrong at P = 0.5, the most confident first; of an answer, with its weakest statement."""
-    wrong = [row for row in rows if (row.soft >= 0.5) != (row.label == 1)]
-    wrong.sort(key=lambda row: (-abs(row.soft - 0.5), row.id))
+    wrong = [row for row in rows if (row.least >= 0.5) != (row.label == 1)]
+    wrong.sort(key=lambda row: (-abs(row.least - 0.5), row.id))
     return tuple(
         Miss(
             id=row.id,
             label=row.label,
-            soft=row.soft,
+            soft=row.least,
             question=row.question[:LONGEST],
             answer=row.answer[:LONGEST],
             said=_cut(min(row.said, key=lambda said: said.probability)),

@@ -68,7 +68,9 @@ def sentences_of(text: str) -> list[str]:
             found[-1] += f" {piece}"
         else:  # "Yes."
             waiting = piece
-    return [*found, waiting] if waiting else found
+    if waiting or not found:  # "b) " alone is no list item
+        found += [waiting or " ".join(text.split())] if text.strip() else []
+    return found
 
 
 def _sentences(line: str) -> list[str]:

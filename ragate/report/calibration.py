@@ -34,7 +34,8 @@ class Headline(NamedTuple):
 
 def headline_of(quality: Quality) -> Headline:
     """Is the judge better than a coin, and than counting words?"""
-    auroc, gain = quality.scores[0].auroc, quality.gain
+    auroc, gain = quality.scores[0].auroc, quality.scores[0].gain
+    assert gain is not None, "the judge's own score comes first"
     best = quality.scores[0].balanced_accuracy
     told = f"tells {DECIDES[quality.subject]} with AUROC {bounded(auroc)}, balanced accuracy {bounded(best)}"
     against = (
@@ -94,13 +95,12 @@ def print_quality(console: Console, quality: Quality) -> None:
     head = headline_of(quality)
     console.print(f"{head.word}: {plain(head.sentence)}", markup=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("score", "AUROC", "within groups", "balanced acc."):
+    for column in ("score", "AUROC", "within groups", "balanced acc.", "over word overlap"):
         table.add_column(column, overflow="fold")
     for each in quality.scores:
-        shown = (each.auroc, each.auroc_within, each.balanced_accuracy)
-        table.add_row(
-            plain(each.name), *(f"{number(i.value)} {number(i.lower, 2)}–{number(i.upper, 2)}" for i in shown)
-        )
+        shown = (each.auroc, each.auroc_within, each.balanced_accuracy, each.gain)
+        cells = ("–" if i is None else f"{number(i.value)} {bounds(i)}" for i in shown)
+        table.add_row(plain(each.name), *cells)
     console.print(table)
     for line in notes_of(quality):
         console.print(plain(line), markup=False)

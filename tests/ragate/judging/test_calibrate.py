@@ -30,6 +30,7 @@ def row(name: str, label: int, soft: float, *, overlap: float = 0.5, cluster: st
         id=name,
         label=label,
         soft=soft,
+        least=soft,
         mean=soft,
         hard=said.verdict,
         overlap=overlap,
@@ -148,7 +149,7 @@ def test_labels_that_tell_nothing_apart_are_refused_before_the_judge_is_loaded(
     assert not Path(".ragate").exists()
 
 
-def test_an_answer_is_as_good_as_its_weakest_statement() -> None:
+def test_all_statements_of_an_answer_must_hold() -> None:
     item = Labelled("i", "q", ("a b",), "alpha beta. gamma.", 0, None, "g", "c")
     output = json.dumps(
         {
@@ -159,12 +160,34 @@ def test_an_answer_is_as_good_as_its_weakest_statement() -> None:
         }
     )
     found = answer_row(item, said_of("nli", output, (0.9, 0.2)))
-    assert (found.soft, found.mean, found.hard) == (0.2, pytest.approx(0.55), 0.5)
+    assert (found.soft, found.least) == (pytest.approx(0.18), 0.2)
+    assert (found.mean, found.hard) == (pytest.approx(0.55), 0.5)
+    none = answer_row(item, said_of("nli", output, (0.9, 0.0)))
+    assert (
+        none.soft == pytest.approx(0.9e-6) and none.least == 0
+    )  # the other statements still order the answers
 
 
 def test_a_judge_without_probabilities_counts_by_its_verdicts() -> None:
     (said,) = said_of("precision", '{"reason":"r","verdict":1}', (None,), "the context")
     assert (said.probability, said.text) == (1.0, "the context")
+
+
+def test_scores_go_by_the_product_and_verdicts_by_the_weakest_statement() -> None:
+    rows = [row("a", 1, 0.7), row("b", 1, 0.6), row("c", 0, 0.3), row("d", 0, 0.2)]
+    rows = [each.model_copy(update={"least": 0.9 if each.id in "bc" else 0.1}) for each in rows]
+    found = quality(rows)
+    by_name = {each.name: each for each in found.scores}
+    assert by_name["judge"].auroc.value == 1 and by_name["judge, least over statements"].auroc.value == 0.5
+    assert found.as_it_is.counts == (1, 1, 1, 1) and {miss.id for miss in found.misses} == {"a", "c"}
+
+
+def test_each_of_the_judges_scores_is_held_against_word_overlap() -> None:
+    rows = [row("a", 1, 0.9), row("b", 1, 0.4), row("c", 0, 0.6), row("d", 0, 0.1)]
+    rows = [each.model_copy(update={"overlap": 0.5 + each.label / 4}) for each in rows]
+    found = quality(rows)
+    assert found.scores[0].gain is not None and found.scores[0].gain.value == -0.25
+    assert [each.name for each in found.scores if each.gain is None] == ["word overlap", "shortness"]
 
 
 def test_figures_of_known_rows() -> None:
