@@ -311,6 +311,10 @@ def rescore(
     return run.model_copy(update={"target": stored.target})
 
 
+SHIPPED_MAP = "faithfulness-map.json"
+"""Beside the adapter of a judge: what `ragate judge calibrate` wrote of it."""
+
+
 def load_soft(settings: Settings) -> SoftScores | None:
     """How probabilities become scores, or `None` where verdicts do. Raises ConfigError for a broken calibration."""
     if settings.scores == "hard":
@@ -332,12 +336,17 @@ def load_known(settings: Settings) -> Calibration | None:
 def known_accuracy(settings: Settings, run: Run) -> dict[str, float]:
     """Metric -> balanced accuracy of the judge on labels, where it is known.
 
-    `judge_accuracy` holds for all metrics; a calibration of this judge for its own: scores that show the share s of a
-    true drop are those of a judge with the balanced accuracy (1 + s) / 2.
+    `judge_accuracy` holds for all metrics; a calibration of this judge for its own, from the settings or else the one
+    that ships with it: scores that show the share s of a true drop are those of a judge with the balanced accuracy
+    (1 + s) / 2.
     """
     accuracy = settings.judge_accuracy
     known = {} if accuracy is None else dict.fromkeys(run.metrics, accuracy)
     calibration = load_known(settings)
+    if (
+        calibration is None and FIELD not in run.fingerprint
+    ):  # soft scores without a map are not what it tells of
+        calibration = shipped_calibration(run.judge)
     if calibration is None or calibration.differences(run.fingerprint):
         return known
     shown = calibration.shown_hard if FIELD not in run.fingerprint else calibration.shown_soft
@@ -345,6 +354,15 @@ def known_accuracy(settings: Settings, run: Run) -> dict[str, float]:
     return (
         known | {calibration.metric: accuracy} if accuracy > 0.5 else known
     )  # 0.5 guesses, and shows no drop
+
+
+def shipped_calibration(judge: str) -> Calibration | None:
+    """What ships with a judge of the catalogue about its faithfulness."""
+    from ragate.judging.mapping import load_calibration
+
+    path = catalog.ADAPTERS / judge / SHIPPED_MAP
+    known = any(model.base and model.name == judge for model in catalog.models())
+    return load_calibration(path) if known and path.is_file() else None
 
 
 def load_release(settings: Settings) -> Baseline | None:

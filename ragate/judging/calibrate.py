@@ -135,7 +135,7 @@ def write_calibration(folder: Path, quality: Quality, calibration: Calibration) 
 
     figures = folder / figures_name(quality.subject, quality.statements)
     write_whole(figures, quality.model_dump_json(indent=1) + "\n")
-    fitted = folder / f"{quality.subject}-map.json"
+    fitted = folder / map_name(quality.subject, quality.statements)
     save_calibration(calibration, fitted)
     page = folder / f"{quality.subject}.html"
     write_whole(page, render_calibration(quality, other_way(folder, quality)))
@@ -145,6 +145,11 @@ def write_calibration(folder: Path, quality: Quality, calibration: Calibration) 
 def figures_name(subject: Subject, statements: str) -> str:
     """`faithfulness-sentences.json`, `faithfulness-judge.json` or `relevance.json`."""
     return f"{subject}-{statements}.json" if statements else f"{subject}.json"
+
+
+def map_name(subject: Subject, statements: str) -> str:
+    """`faithfulness-map.json`, of ragas' own statements `faithfulness-judge-map.json`; `relevance-map.json`."""
+    return f"{subject}-judge-map.json" if statements == "judge" else f"{subject}-map.json"
 
 
 def other_way(folder: Path, quality: Quality) -> Quality | None:

@@ -56,6 +56,8 @@ def tune(
 
     Raises RagateError, the engine's errors. Imports torch, and ragas where lessons are made.
     """
+    from filelock import FileLock, Timeout
+
     from ragate import catalog
     from ragate_engine import open_checkpoint, tune_adapter
 
@@ -64,10 +66,17 @@ def tune(
     )
     checkpoint = open_checkpoint(choice.path)
     examples, held_out = _examples(source, checkpoint, say)
-    report = tune_adapter(checkpoint, examples, folder, recipe, device, on_step, held_out=held_out)
-    rows = json.loads((folder / "tuning.json").read_text(encoding="utf-8"))["steps"]
-    write_whole(folder / CURVE, curve(rows))
-    write_whole(folder / CARD, card(choice.name or choice.path.name, folder, source, recipe, report))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            report = tune_adapter(checkpoint, examples, folder, recipe, device, on_step, held_out=held_out)
+            rows = json.loads((folder / "tuning.json").read_text(encoding="utf-8"))["steps"]
+            write_whole(folder / CURVE, curve(rows))
+            write_whole(folder / CARD, card(choice.name or choice.path.name, folder, source, recipe, report))
+    except Timeout:
+        raise ConfigError(
+            f"{folder}: another `ragate judge tune` is writing there; name another folder"
+        ) from None
     return report
 
 

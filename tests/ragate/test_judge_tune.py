@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
+from filelock import FileLock
 
 from bench.random_model import TINY, write_safetensors
 from ragate import session, suite
@@ -70,6 +71,16 @@ def test_lessons_come_from_one_place(tiny: Path) -> None:
         code, said = tune("tiny", "mine", *arguments)
         assert code != 0 and "--data" in said and "--examples" in said
     assert not Path("mine").exists()
+
+
+def test_two_at_once_do_not_write_into_one_folder(tiny: Path) -> None:
+    Path("mine").mkdir()
+    options = ("--size", "3", "--batch", "1", "--device", "cpu", "--quiet")
+    with FileLock("mine/.lock"):
+        _, said = tune("tiny", "mine", "--examples", "some-00.npz", *options)
+    assert "mine: another `ragate judge tune` is writing there" in said
+    code, said = tune("tiny", "mine", "--examples", "some-00.npz", *options)
+    assert code == 0 and "3 steps" in said  # of the four lessons the first three
 
 
 def test_a_judge_that_cannot_wear_an_adapter_says_so(tiny: Path) -> None:

@@ -127,6 +127,11 @@ def test_soft_relevance_is_the_similarity_as_far_as_the_answer_is_committal() ->
 
 def test_a_judge_without_probabilities_has_no_soft_scores() -> None:
     with pytest.raises(ConfigError, match="take hard"):
+        SoftScores().value("faithfulness", [claim(None), claim(None)])
+
+
+def test_a_verdict_without_a_probability_costs_its_score_and_no_more() -> None:
+    with pytest.raises(ValueError, match="no probability of 1 of its 2 verdicts"):
         SoftScores().value("faithfulness", [claim(0.5), claim(None)])
 
 
