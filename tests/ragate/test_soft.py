@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,17 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ragas.metrics.collections import ContextPrecision
 
+from ragate import catalog
 from ragate.config import Settings
-from ragate.errors import ConfigError
+from ragate.errors import CatalogError, ConfigError
 from ragate.evaluate import evaluate
 from ragate.journal import Journal
-from ragate.judge import EngineJudge
+from ragate.judge import EngineJudge, Judge, probe_hash
 from ragate.judging.mapping import Calibration, ScoreMap, save_calibration
 from ragate.metrics import METRICS
 from ragate.run import Claim, Run
 from ragate.soft import SoftScores, average_precision
-from ragate.suite import known_accuracy, strange_calibration
+from ragate.suite import known_accuracy, shipped_calibration, strange_calibration
 from ragate.testset import Item, TestSet
+from ragate_engine import open_checkpoint, read_adapter
 
 MAP = ScoreMap(temperature=2.0, knots=((0.0, 0.1), (1.0, 0.5)), method="isotonic")
 
@@ -143,6 +147,55 @@ def known(
     save_calibration(made.model_copy(update={"shown_hard": shown_hard}), path)
     run = Run.model_construct(metrics=("faithfulness", "context_recall"), fingerprint=fingerprint)
     return known_accuracy(Settings(calibration=str(path), **settings), run)
+
+
+SHIPPED = [model for model in catalog.models() if model.adapter is not None]
+
+
+@pytest.mark.parametrize("model", SHIPPED, ids=lambda model: model.name)
+def test_what_ships_with_a_judge_is_told_of_its_hard_scores_and_of_no_other_judge(
+    model: catalog.Model,
+) -> None:
+    kept = shipped_calibration(model.name)
+    assert kept is not None and (kept.judge, kept.metric) == (model.name, "faithfulness")
+    assert kept.items == 313 and 0.1 < kept.shown_hard < 0.5
+    metrics = ("faithfulness", "context_recall")
+
+    def told(**fields: str) -> dict[str, float]:
+        run = Run.model_construct(
+            judge=model.name, metrics=metrics, fingerprint=kept.fingerprint | {"decoding": "greedy"} | fields
+        )
+        return known_accuracy(Settings(), run)
+
+    own = kept.fingerprint.get("decoding", "greedy")
+    assert told(decoding=own) == {"faithfulness": (1 + kept.shown_hard) / 2}
+    assert told(decoding=own, judge_merged_adapter="another") == {}
+    assert told(decoding=own, scores="soft") == {}
+    assert (
+        shipped_calibration("../judges/" + model.name) is None
+        and shipped_calibration(model.base or "") is None
+    )
+
+
+@pytest.mark.parametrize("model", SHIPPED, ids=lambda model: model.name)
+def test_what_ships_with_a_judge_is_of_its_adapter_and_of_todays_prompt(model: catalog.Model) -> None:
+    kept = shipped_calibration(model.name)
+    assert kept is not None and model.adapter is not None
+    try:
+        checkpoint = open_checkpoint(catalog.model_path(model.name))
+    except CatalogError as e:
+        pytest.skip(str(e))
+    tokenizer = checkpoint.tokenizer
+    assert tokenizer is not None
+
+    def render(prompt: str) -> str:
+        return " ".join(map(str, tokenizer.encode_chat([{"role": "user", "content": prompt}])))
+
+    prompt = asyncio.run(probe_hash(METRICS["faithfulness"], cast(Judge, SimpleNamespace(render=render))))
+    assert kept.fingerprint["prompt_faithfulness"] == prompt, "calibrate it again: the prompt is another"
+    assert kept.fingerprint["judge_weights"] == model.sha256
+    digest = read_adapter(model.adapter, checkpoint.config).digest
+    assert kept.fingerprint["judge_merged_adapter"] == digest
 
 
 def test_the_gate_is_told_what_the_scores_of_this_judge_show_of_a_drop(tmp_path: Path) -> None:
