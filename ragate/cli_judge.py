@@ -220,7 +220,9 @@ def judge_tune(
     try:
         with Progress(console(stderr=True), quiet=quiet) as progress:
             source = Source(data, halueval, size, seed, examples, held_out)
-            report = tune(model, folder, source, settings, device or "auto", progress.say, progress.on_step)
+            report, base = tune(
+                model, folder, source, settings, device or "auto", progress.say, progress.on_step
+            )
     except KeyboardInterrupt:
         again = shlex.join(["ragate", *click.get_current_context().obj])
         click.echo(f"interrupted: run `{again}` again to go on from the last saved step", err=True)
@@ -229,5 +231,6 @@ def judge_tune(
         f"{report.steps:,} steps in {report.seconds:,.0f} s, loss {report.loss:.4f}"
         + ("" if report.held_out is None else f", held out {report.held_out:.4f}")
     )
-    click.echo(f"wrote {plain(str(folder / CARD))}: wear it with --adapter {plain(shlex.quote(str(folder)))}")
+    worn = shlex.join(["--judge", base, "--adapter", str(folder)])
+    click.echo(f"wrote {plain(str(folder / CARD))}: wear it with {plain(worn)}")
     return EXIT_PASS

@@ -37,7 +37,7 @@ def findings(settings: Settings) -> Iterator[str]:
     if choice is None:
         yield f"judge       {problem}"
     else:
-        yield f"judge       {choice.name or choice.path}"
+        yield f"judge       {choice.title}"
         if choice.note:
             yield f"            {choice.note}"
         if room := _room(settings, choice):
@@ -75,8 +75,10 @@ def _judge(settings: Settings) -> tuple[catalog.JudgeChoice | None, str]:
     """The judge that is a file here; else `None` and what to say of it."""
     if is_url(settings.judge):
         return None, shown(settings.judge)
+    from ragate.suite import local_judge
+
     try:
-        return catalog.resolve_judge(settings.judge, settings.device, pull=False), ""
+        return local_judge(settings, pull=False), ""
     except CatalogError as e:
         return None, f"{settings.judge}: {e}"
 

@@ -140,16 +140,16 @@ def _records(testset: TestSet, earlier: Run | None, settings: Settings) -> tuple
 
 def _judge(settings: Settings) -> tuple[Checkpoint | None, str, list[str]]:
     """The judge's header where it is a file here, its name, and what to say where it is not."""
-    from ragate import catalog
+    from ragate.suite import local_judge
     from ragate_engine import open_checkpoint
 
     if is_url(settings.judge):
         return None, shown(settings.judge), ["how long an endpoint takes is not known"]
     try:
-        choice = catalog.resolve_judge(settings.judge, settings.device, pull=False)
+        choice = local_judge(settings, pull=False)
     except CatalogError as error:
         return None, settings.judge, [f"time is not known: {error}"]
-    return open_checkpoint(choice.path), choice.name or str(choice.path), []
+    return open_checkpoint(choice.path), choice.title, []
 
 
 async def _prompts(records: Sequence[ItemRecord], names: Sequence[str]) -> list[tuple[str, str]]:

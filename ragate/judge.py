@@ -189,10 +189,11 @@ class _TooLongError(Exception):
 class EngineJudge(Judge):
     """A judge that is a `ragate_engine.Engine` of this process: greedy, under a grammar."""
 
-    def __init__(self, engine: Engine, name: str) -> None:
-        """`name` is what reports call it: a catalogue name or a path."""
+    def __init__(self, engine: Engine, name: str, adapter: str | None = None) -> None:
+        """`name` is what reports call it: a catalogue name or a path; `adapter` one of the engine's own."""
         self.engine = engine
-        self.description = engine.describe()
+        self.adapter = adapter
+        self.description = engine.describe(adapter)
         identity = self.description | {"template": self.render("probe"), "window": str(engine.max_len)}
         super().__init__(name, identity)
 
@@ -219,7 +220,7 @@ class EngineJudge(Judge):
             raise _TooLongError(len(ids) + schema.chars, self.engine.max_len)
         params = SamplingParams(max_tokens=min(schema.octets, room), schema=schema.text, logprobs=LOGPROBS)
         try:
-            completion = await asyncio.wrap_future(self.engine.submit(ids, params))
+            completion = await asyncio.wrap_future(self.engine.submit(ids, params, self.adapter))
         except (DeviceError, EngineClosedError) as e:
             raise RunError(
                 f"the judge stopped: {e}; what was judged is safe in the journal: run the same command again to go on"

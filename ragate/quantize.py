@@ -42,17 +42,22 @@ def quantize(
 ) -> None:
     """Quantize the model `source`, a catalogue name or a path, into `folder`; called again it resumes.
 
+    An adapter that it wears, its own or that of `settings`, is added first.
+
     By the method `gguf` it becomes a file, `folder`, of the `mix`, whole or not at all. By others it is calibrated on
     the file `text`, else on the prompts for the test set of `settings`. Raises RagateError and the engine's errors.
     Imports torch.
     """
     from ragate import catalog
-    from ragate_engine import open_checkpoint, quantize_model, write_gguf
+    from ragate_engine import merge_adapter, open_checkpoint, quantize_model, write_gguf
 
     choice = catalog.resolve_judge(
         source, settings.device, progress=lambda done, total: say("fetching the model", done, total)
     )
+    adapter = settings.adapter or choice.adapter
     checkpoint = open_checkpoint(choice.path)
+    if adapter is not None:
+        checkpoint = merge_adapter(checkpoint, adapter)
     if method == "gguf":
         write_gguf(checkpoint, folder, mix, lambda done, total: say("writing", done, total), settings.device)
         return

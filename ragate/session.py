@@ -30,7 +30,7 @@ def open_engine(
     progress: Callable[[int, int], None] = lambda done, total: None,
     adapter: Path | None = None,
 ) -> Engine:
-    """The engine that serves the model at `path`, with `adapter` merged into it, loaded on first use.
+    """The engine that serves the model at `path` with `adapter`, loaded on first use; its requests name `beside`.
 
     Raises the engine's own errors.
     """
@@ -39,10 +39,16 @@ def open_engine(
     key = path.resolve(), adapter.resolve() if adapter is not None else None
     with _lock:
         if key not in _engines:
-            _engines[key] = Engine.load(path, replace(_config, merge_adapter=adapter), progress)
+            worn = replace(_config, adapters=(adapter,)) if adapter and beside(adapter) else None
+            _engines[key] = Engine.load(path, worn or replace(_config, merge_adapter=adapter), progress)
             # what is loaded by now stays: the collector need not walk it again for every few thousand tokens
             gc.freeze()
         return _engines[key]
+
+
+def beside(adapter: Path | None) -> str | None:
+    """What requests call an adapter that stays beside packed weights; `None` where it is merged into the weights."""
+    return adapter.resolve().name if adapter is not None and _config.weights == "packed" else None
 
 
 def close_engines() -> None:

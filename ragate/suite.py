@@ -149,11 +149,14 @@ def named_judge(settings: Settings, say: Say) -> UrlJudge | catalog.JudgeChoice:
                 f"adapter {settings.adapter}: a judge behind a URL wears its own; leave one of the two out"
             )
         return UrlJudge(settings.judge, api_key=os.environ.get(KEY_VARIABLE))
-    choice = catalog.resolve_judge(
-        settings.judge,
-        settings.device,
-        progress=lambda done, total: say("fetching the judge", done, total),
-    )
+    return local_judge(settings, progress=lambda done, total: say("fetching the judge", done, total))
+
+
+def local_judge(
+    settings: Settings, *, pull: bool = True, progress: catalog.Progress | None = None
+) -> catalog.JudgeChoice:
+    """The judge that the settings name and what it wears, where it is no endpoint. Raises CatalogError."""
+    choice = catalog.resolve_judge(settings.judge, settings.device, pull=pull, progress=progress)
     return choice if settings.adapter is None else choice.wearing(Path(settings.adapter))
 
 
@@ -221,7 +224,7 @@ def start_judge(
     def opened() -> Judge:
         from ragate.judge import EngineJudge
 
-        return EngineJudge(loading.result(), named.title)
+        return EngineJudge(loading.result(), named.title, session.beside(named.adapter))
 
     return opened
 

@@ -2,7 +2,8 @@
 
 The front door: `Engine`, `EngineConfig`, `SamplingParams`, `Completion` and the errors; `open_checkpoint`,
 `quantize_model` and `write_gguf` for models as files; `forms_of`, `file_bytes` and `weight_bytes` for what they take;
-`read_adapter` and `write_adapter` for LoRA adapters, `tune_adapter` with `Example` and `TuneRecipe` to train one.
+`read_adapter`, `write_adapter` and `merge_adapter` for LoRA adapters, `tune_adapter` with `Example` and `TuneRecipe` to
+train one.
 Importing this package does not import torch; the first touch of those does.
 """
 
@@ -28,7 +29,7 @@ from ragate_engine.request import Completion, SamplingParams, TokenInfo, Usage
 if TYPE_CHECKING:
     from ragate_engine.engine import Engine
     from ragate_engine.footprint import Kept, WeightBytes, file_bytes, forms_of, weight_bytes
-    from ragate_engine.lora import Adapter, read_adapter, write_adapter
+    from ragate_engine.lora import Adapter, merge_adapter, read_adapter, write_adapter
     from ragate_engine.quant.tensor import Form
     from ragate_engine.quantize import quantize as quantize_model
     from ragate_engine.training.recipe import Example, TuneRecipe, TuneReport, TuneStep
@@ -66,6 +67,7 @@ __all__ = [
     "WeightBytes",
     "file_bytes",
     "forms_of",
+    "merge_adapter",
     "open_checkpoint",
     "quantize_model",
     "read_adapter",
@@ -90,6 +92,7 @@ _LATER = {
     "WeightBytes": ("footprint", "WeightBytes"),
     "file_bytes": ("footprint", "file_bytes"),
     "forms_of": ("footprint", "forms_of"),
+    "merge_adapter": ("lora", "merge_adapter"),
     "open_checkpoint": ("weights", "open_checkpoint"),
     "quantize_model": ("quantize", "quantize"),
     "read_adapter": ("lora", "read_adapter"),

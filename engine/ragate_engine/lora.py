@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from ragate_engine.config import ModelConfig
 from ragate_engine.errors import ConfigError, ModelFileError
 from ragate_engine.files import write_whole
 from ragate_engine.quant.tensor import QuantTensor
-from ragate_engine.weights import names
+from ragate_engine.weights import Checkpoint, names
 from ragate_engine.weights.fields import Fields, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -269,6 +269,39 @@ def merging(
         return wide + added
 
     return load_merged
+
+
+@dataclass(frozen=True)
+class MergedCheckpoint(Checkpoint):
+    """A model with an adapter added to its weights, as a quantizer reads them: those that changed in float32."""
+
+    digest: str = ""
+    """Of the adapter."""
+
+    @property
+    def identity(self) -> str:
+        """sha256, hex, of the model's own and the adapter's. Raises ModelFileError where a file cannot be read."""
+        return hashlib.sha256(f"{super().identity} {self.digest}".encode()).hexdigest()
+
+
+def merge_adapter(source: Checkpoint, folder: str | Path) -> MergedCheckpoint:
+    """`source` with the adapter in PEFT's `folder` added to its weights, one at a time as they are read.
+
+    Raises ModelFileError as `read_adapter` does, ConfigError from a weight's loader where the sum overflows.
+    """
+    adapter = read_adapter(folder, source.config)
+    load = merging(source.load, adapter, torch.matmul)
+    merged = {name: partial(load, name) for name in adapter.pairs}
+    return MergedCheckpoint(
+        source.path,
+        source.config,
+        source.tokenizer,
+        {**source.tensors, **merged},
+        f"{source.quantization} + {adapter.name}",
+        source.files,
+        frozenset(merged),
+        adapter.digest,
+    )
 
 
 # ---- stacked, to be served beside the weights ----

@@ -48,7 +48,8 @@ class Calibrated:
 
 def judge_folder(root: Path, named: UrlJudge | JudgeChoice) -> Path:
     """Where what is known of a judge is kept: `.ragate/judge/<judge>`."""
-    name = named.name or (named.path.name if isinstance(named, JudgeChoice) else "")
+    # of a file without its folder; what it wears beyond its own is another judge
+    name = Path(named.title).name if isinstance(named, JudgeChoice) else named.name
     return root / ".ragate" / "judge" / file_name(name)
 
 

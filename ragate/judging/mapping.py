@@ -23,8 +23,6 @@ LEAST = 1e-6
 LOOSE_FIELDS = ("judge_backend", "judge_dtype", "judge_engine", "ragas", "pydantic")
 """Fields of the fingerprint that move a probability by rounding alone (a map made on a card holds on a CPU), or not at
 all while the prompt's hash stays."""
-ADAPTER_FIELDS = ("judge_adapter", "judge_merged_adapter")
-"""Fields that only a judge with an adapter has: to have none of them is to be another judge, too."""
 
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
@@ -153,11 +151,20 @@ class Calibration(Frozen):
 
     def differences(self, fingerprint: dict[str, str]) -> list[str]:
         """The fields in which another fingerprint is another judge or another prompt."""
+        ours, theirs = (_adapter_once(each) for each in (self.fingerprint, fingerprint))
         return [
             name
-            for name in dict.fromkeys((*self.fingerprint, *ADAPTER_FIELDS))
-            if name not in LOOSE_FIELDS and fingerprint.get(name) != self.fingerprint.get(name)
+            for name in dict.fromkeys((*ours, "judge_adapter"))
+            if name not in LOOSE_FIELDS and theirs.get(name) != ours.get(name)
         ]
+
+
+def _adapter_once(fingerprint: dict[str, str]) -> dict[str, str]:
+    """The fingerprint with one field for an adapter, be it merged into the weights or beside them."""
+    fields = dict(fingerprint)
+    if merged := fields.pop("judge_merged_adapter", None):
+        fields["judge_adapter"] = merged
+    return fields
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:

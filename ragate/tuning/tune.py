@@ -51,10 +51,11 @@ def tune(
     device: str,
     say: Say,
     on_step: Callable[[TuneStep], None],
-) -> TuneReport:
+) -> tuple[TuneReport, str]:
     """Train an adapter of `model`, a catalogue name or a path, into `folder`; called again it resumes.
 
-    Raises RagateError, the engine's errors. Imports torch, and ragas where lessons are made.
+    Also says of what it is: of a judge that wears an adapter the model beneath, for training begins anew. Raises
+    RagateError, the engine's errors. Imports torch, and ragas where lessons are made.
     """
     from filelock import FileLock, Timeout
 
@@ -64,6 +65,7 @@ def tune(
     choice = catalog.resolve_judge(
         model, device, progress=lambda done, total: say("fetching the model", done, total)
     )
+    base = str(choice.path) if choice.name is None else catalog.find(choice.name).base or choice.name
     checkpoint = open_checkpoint(choice.path)
     examples, held_out = _examples(source, checkpoint, say)
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,12 +74,12 @@ def tune(
             report = tune_adapter(checkpoint, examples, folder, recipe, device, on_step, held_out=held_out)
             rows = json.loads((folder / "tuning.json").read_text(encoding="utf-8"))["steps"]
             write_whole(folder / CURVE, curve(rows))
-            write_whole(folder / CARD, card(choice.name or choice.path.name, folder, source, recipe, report))
+            write_whole(folder / CARD, card(Path(base).name, folder, source, recipe, report))
     except Timeout:
         raise ConfigError(
             f"{folder}: another `ragate judge tune` is writing there; name another folder"
         ) from None
-    return report
+    return report, base
 
 
 def _examples(

@@ -14,9 +14,10 @@ import pytest
 import torch
 from models import cached_model
 from safetensors.torch import load_file, save_file
+from tiny_folder import byte_level, save_tokenizer
 
 from bench.logits import logits_of
-from bench.random_model import TINY, random_adapter, random_checkpoint
+from bench.random_model import TINY, random_adapter, random_checkpoint, write_safetensors
 from ragate_engine import (
     Adapter,
     Completion,
@@ -25,9 +26,12 @@ from ragate_engine import (
     EngineConfig,
     ModelFileError,
     SamplingParams,
+    merge_adapter,
     open_checkpoint,
+    quantize_model,
     read_adapter,
     write_adapter,
+    write_gguf,
 )
 from ragate_engine.budget import need_of
 from ragate_engine.kernels import reference
@@ -311,6 +315,39 @@ def test_a_quantized_base_is_unpacked_and_the_adapter_added_in_float32() -> None
     assert torch.allclose(found.double(), expected, atol=1e-6)
     untouched = load("layers.1.k")
     assert isinstance(untouched, QuantTensor) and torch.equal(untouched.codes, model.load("layers.1.k").codes)
+
+
+def test_a_merged_model_is_written_as_any_other(tmp_path: Path) -> None:
+    write_safetensors(TINY, tmp_path / "base")
+    save_tokenizer(tmp_path / "base", byte_level())
+    base = open_checkpoint(tmp_path / "base")
+    adapter = random_adapter(TINY, leaves=("q", "k", "down"))
+    folder = written(adapter, tmp_path)
+    merged = merge_adapter(base, folder)
+    assert merged.identity != base.identity == open_checkpoint(tmp_path / "base").identity
+    load = merging(base.load, adapter, torch.matmul)
+
+    # llama.cpp's order of the rows of q and k, there and back; from a file the others are taken byte by byte
+    write_gguf(base, tmp_path / "base.gguf", "Q8_0", lambda done, total: None, "cpu")
+    file = merge_adapter(open_checkpoint(tmp_path / "base.gguf"), folder)
+    for name, source in (("from-folder.gguf", merged), ("from-file.gguf", file)):
+        write_gguf(source, tmp_path / name, "Q8_0", lambda done, total: None, "cpu")
+    quantize_model(merged, tmp_path / "rounded", "rtn", 8, 32, [], "cpu")
+    for made in ("from-folder.gguf", "from-file.gguf", "rounded"):
+        found = open_checkpoint(tmp_path / made)
+        for name in ("layers.1.q", "layers.0.k", "layers.1.down", "layers.0.o"):
+            weight, wanted = found.load(name), wide(load(name))
+            assert isinstance(weight, QuantTensor)
+            off = (weight.dequantize(torch.float32) - wanted).norm() / wanted.norm()
+            assert off < 0.012, (made, name, off)
+    moved = (wide(load("layers.1.q")) - wide(base.load("layers.1.q"))).norm() / wide(
+        base.load("layers.1.q")
+    ).norm()
+    assert moved > 0.05  # what a writer that forgot the adapter would be off by
+
+
+def wide(weight: torch.Tensor | QuantTensor) -> torch.Tensor:
+    return weight.dequantize(torch.float32) if isinstance(weight, QuantTensor) else weight.float()
 
 
 # ---- the products ----

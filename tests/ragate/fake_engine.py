@@ -61,7 +61,9 @@ class FakeEngine:
         text = "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
         return self.tokenizer.encode(text)
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Future[Completion]:
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams | None = None, adapter: str | None = None
+    ) -> Future[Completion]:
         """Queue a prompt."""
         if self._closing:
             raise EngineClosedError("the engine is closed")
@@ -75,7 +77,7 @@ class FakeEngine:
                 self._wake.notify()
         return future
 
-    def describe(self) -> dict[str, str]:
+    def describe(self, adapter: str | None = None) -> dict[str, str]:
         """The real engine's fields."""
         digest = hashlib.sha256(self.name.encode()).hexdigest()
         return {

@@ -258,7 +258,7 @@ def test_a_slow_judge_that_works_is_no_timeout(tmp_path: Path, engines: Any) -> 
                 held.clear()
             return super().usage()
 
-        def submit(self, prompt: Any, params: Any = None) -> Any:
+        def submit(self, prompt: Any, params: Any = None, adapter: Any = None) -> Any:
             future = super().submit(prompt, params)
             if self.hang(self.prompts[-1]):
                 held.append((self.prompts[-1], self.params[-1], future))
@@ -391,7 +391,7 @@ def test_answer_relevance_without_an_embedding_model_is_refused(tmp_path: Path, 
 
 def test_the_order_in_which_calls_end_changes_no_byte(tmp_path: Path, engines: Any) -> None:
     class FirstInFirstOut(FakeEngine):
-        def submit(self, prompt: Any, params: Any = None) -> Any:
+        def submit(self, prompt: Any, params: Any = None, adapter: Any = None) -> Any:
             future = super().submit(prompt, params)
             with self._wake:
                 self._queue.sort(key=lambda entry: self.prompts.index(entry[0]), reverse=True)

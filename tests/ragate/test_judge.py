@@ -8,6 +8,7 @@ import json
 import math
 import re
 import threading
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
@@ -303,6 +304,23 @@ def test_a_record_in_the_context_labels_and_collects_the_calls(engine: FakeEngin
             assert probability is not None
             verdict = json.loads(call.entry.output)["verdict"]
             assert (probability > 0.5) == (verdict == 1)
+
+
+def test_an_adapter_beside_the_weights_is_asked_for_and_in_the_fingerprint() -> None:
+    asked = []
+
+    class Beside(FakeEngine):
+        def submit(self, prompt: Any, params: Any = None, adapter: str | None = None) -> Any:
+            asked.append(adapter)
+            return super().submit(prompt, params)
+
+        def describe(self, adapter: str | None = None) -> dict[str, str]:
+            return super().describe() | {"adapter": str(adapter)}
+
+    with closing(Beside()) as engine:
+        judge = EngineJudge(engine, "tiny", "mine")  # type: ignore[arg-type]
+        judge.generate(precision_prompt(), ContextPrecisionOutput)
+    assert judge.describe()["adapter"] == "mine" and asked == ["mine"]
 
 
 def test_a_prompt_that_leaves_no_room_for_the_answer_is_an_error_and_never_cut() -> None:

@@ -18,7 +18,7 @@ from ragate.config import Settings
 from ragate.errors import CatalogError, ConfigError
 from ragate.tuning.examples import save_examples
 from ragate.tuning.tune import card, curve
-from ragate_engine import EngineConfig, Example, TuneRecipe
+from ragate_engine import Engine, EngineConfig, Example, TuneRecipe
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_lessons_become_an_adapter_that_a_judge_wears(tiny: Path) -> None:
         "tiny", "mine", "--examples", "some-00.npz", "--held-out", "held-00.npz", "--batch", "2", "--epochs", "3",
         "--rank", "2", "--learning-rate", "0.05", "--device", "cpu", "--quiet",
     )  # fmt: skip
-    assert code == 0 and "6 steps" in said and "--adapter mine" in said
+    assert code == 0 and "6 steps" in said and "wear it with --judge tiny --adapter mine" in said
     assert json.loads(Path("mine/adapter_config.json").read_text())["r"] == 2
     losses = [row["loss"] for row in json.loads(Path("mine/tuning.json").read_text())["steps"]]
     assert losses[-1] < losses[0] - 0.5
@@ -64,6 +64,19 @@ def test_lessons_become_an_adapter_that_a_judge_wears(tiny: Path) -> None:
         assert "merged_adapter" in worn.describe() and "merged_adapter" not in plain.describe()
     finally:
         session.close_engines()
+
+
+def test_packed_weights_have_an_adapter_beside_them(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[EngineConfig] = []
+    monkeypatch.setattr(Engine, "load", lambda path, config, progress: loaded.append(config))
+    for weights, beside in (("packed", "mine"), ("auto", None)):
+        session.configure(EngineConfig(weights=weights))  # type: ignore[arg-type]
+        monkeypatch.setattr(session, "_engines", {})
+        session.open_engine(Path("tiny"), adapter=Path("mine"))
+        assert session.beside(Path("mine")) == beside and session.beside(None) is None
+    packed, dense = loaded
+    assert (packed.merge_adapter, packed.adapters) == (None, (Path("mine"),))
+    assert (dense.merge_adapter, dense.adapters) == (Path("mine"), ())
 
 
 def test_lessons_come_from_one_place(tiny: Path) -> None:

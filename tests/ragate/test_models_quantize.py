@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from bench.random_model import TINY, write_safetensors
-from ragate import quantize
+from bench.random_model import TINY, random_adapter, write_safetensors
+from ragate import catalog, quantize
 from ragate.cli import run
 from ragate.config import load_settings
 from ragate.quantize import calibration_of, pieces, prompts_for
+from ragate_engine import write_adapter
 from ragate_engine.weights import open_checkpoint
 
 ITEMS = [
@@ -129,6 +132,27 @@ def test_a_model_is_quantized_and_opens(
     made = open_checkpoint("small")
     assert name in made.quantization and made.config == open_checkpoint(model).config
     assert made.tokenizer is not None and made.tokenizer.identity == open_checkpoint(model).tokenizer.identity
+
+
+def test_what_a_judge_wears_is_added_before_it_is_quantized(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_adapter("mine", random_adapter(TINY, leaves=("q",)), "tiny", {})
+    choice = catalog.JudgeChoice("tiny-judge", model, None, True, Path("mine"))
+    monkeypatch.setattr(catalog, "resolve_judge", lambda name, *_, **__: choice)
+    fixed = ("--method", "rtn", "--bits", "8", "--group", "32", "--device", "cpu")
+    assert ended(capsys, "tiny-judge", "worn", *fixed)[0] == 0
+    monkeypatch.setattr(catalog, "resolve_judge", lambda name, *_, **__: replace(choice, adapter=None))
+    assert ended(capsys, "tiny", "named", *fixed, "--adapter", "mine")[0] == 0
+    assert ended(capsys, "tiny", "plain", *fixed)[0] == 0
+    worn, named, plain = (
+        open_checkpoint(each).load("layers.0.q").dequantize(torch.float32)  # type: ignore[union-attr]
+        for each in ("worn", "named", "plain")
+    )
+    assert torch.equal(worn, named)
+    assert (worn - plain).norm() > 0.1 * plain.norm()
+    code, said = ended(capsys, "tiny", "other", *fixed, "--adapter", "nothing")
+    assert code == 4 and "nothing has no adapter_config.json" in said
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_does(

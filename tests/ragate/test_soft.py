@@ -108,8 +108,15 @@ def test_a_map_of_another_judge_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_map_of_the_base_is_none_of_the_judge_with_an_adapter_nor_the_other_way(field: str) -> None:
     base = {"judge_weights": "w", "prompt_faithfulness": "p"}
     tuned = base | {field: "digest"}
-    assert calibration(base).differences(tuned) == calibration(tuned).differences(base) == [field]
+    assert calibration(base).differences(tuned) == calibration(tuned).differences(base) == ["judge_adapter"]
     assert calibration(tuned).differences(tuned) == []
+
+
+def test_a_map_of_a_merged_adapter_holds_beside_packed_weights() -> None:
+    merged = {"judge_weights": "w", "prompt_faithfulness": "p", "judge_merged_adapter": "digest"}
+    beside = {"judge_weights": "w", "prompt_faithfulness": "p", "judge_adapter": "digest"}
+    assert calibration(merged).differences(beside) == calibration(beside).differences(merged) == []
+    assert calibration(merged).differences(beside | {"judge_adapter": "another"}) == ["judge_adapter"]
 
 
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=8))

@@ -40,6 +40,9 @@ class Checkpoint:
     """Such as `Q4_K_M` or `AWQ int4 g128`, or `bfloat16` for plain weights."""
     files: tuple[Path, ...]
 
+    changed: frozenset[str] = frozenset()
+    """Names of the tensors that are not what the files hold: an adapter was added (`lora.merge_adapter`)."""
+
     @property
     def names(self) -> frozenset[str]:
         """The canonical names of the tensors there are."""

@@ -29,7 +29,7 @@ from ragate_engine.weights.gguf import GGUFFile, Order, TensorInfo
 from ragate_engine.weights.stream import Source, Stored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
     from pathlib import Path
     from typing import BinaryIO
 
@@ -191,9 +191,14 @@ class _Plan:
 def _from_gguf(source: Checkpoint, mix: str) -> _Plan:
     """The same metadata and names, q and k in the order in which they lie there."""
     file = gguf.read_header(source.path)
+    # what an adapter has changed is no more what lies there
+    made = {tensor.name: tensor for tensor in _tensors(source, source.config, source.changed)}
     tensors = []
     for info in file.tensors.values():
         wanted = tensor_kind(info.name, info.shape, mix, source.config)
+        if info.name in made:
+            tensors.append(replace(made[info.name], kind=wanted))
+            continue
         kind = info.kind if len(info.shape) == 1 else wanted
         stored = gguf.stored(file, info)
         verbatim = stored if info.kind == kind else None
@@ -288,8 +293,10 @@ def _typed(entry: tuple[str, Any]) -> Entry:
     return key, value, kinds.UINT32 if type(value) is int else kinds.get_type(value), inner
 
 
-def _tensors(source: Checkpoint, config: ModelConfig) -> Iterator[_Tensor]:
-    """By GGUF names; every type is still float32."""
+def _tensors(
+    source: Checkpoint, config: ModelConfig, wanted: Collection[str] | None = None
+) -> Iterator[_Tensor]:
+    """By GGUF names, those that hold any of `wanted`; every type is still float32."""
     shapes = names.expected(config)
     fused = {"q": "qkv k v", "gate": "up up"} if config.arch == "phi3" else {}
     skipped = {"k", "v", "up"} if config.arch == "phi3" else set()
@@ -299,6 +306,8 @@ def _tensors(source: Checkpoint, config: ModelConfig) -> Iterator[_Tensor]:
             continue
         stored, *others = fused.get(leaf, leaf).split()
         parts = [name, *(f"{prefix}.{other}" for other in others)]
+        if wanted is not None and not any(part in wanted for part in parts):
+            continue
         order = None
         if config.arch == "llama" and leaf in ("q", "q_bias", "k", "k_bias"):
             heads = config.num_heads if leaf[0] == "q" else config.num_kv_heads
