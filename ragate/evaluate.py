@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from ragate.testset import Item, TestSet
 
 CALL_TIMEOUT = 600.0
+SILENT = 8
+"""Scores without a single probability after which soft scores are given up."""
 
 
 EventKind = Literal["start", "answer", "call", "score", "warning", "done"]
@@ -266,6 +268,10 @@ class _Evaluation:
         self.judge, self.journal, self.embeddings, self.target = judge, journal, embeddings, target
         self.on_event, self.call_timeout = on_event, call_timeout
         self.soft = soft
+        self.probable = False
+        """Whether the judge has given a probability yet."""
+        self.silent = 0
+        """Scores before it did."""
         self.scorers = {metric.name: metric.scorer(judge, embeddings) for metric in metrics}
         self.calls_before = judge.calls_done
         self.computed_before = set(judge.call_ms)
@@ -420,6 +426,7 @@ class _Evaluation:
                 return "nan", None, "ragas could not compute a score", ()
             claims = metric.claims(record, item, self._vector)
             if self.soft is not None:
+                self._refuse_silent(claims)
                 value = value_of(self.soft.value(metric.name, claims))
             return "ok", value, None, claims
         except RagateError:
@@ -430,6 +437,15 @@ class _Evaluation:
             return "truncated", None, str(e), ()
         except Exception as e:
             return "error", None, _clean(sentence_of(e)), ()
+
+    def _refuse_silent(self, claims: Sequence[Claim]) -> None:
+        """Raise ConfigError where the judge gave no probability in any of the first `SILENT` scores: it never will."""
+        self.probable = self.probable or any(claim.probability is not None for claim in claims)
+        self.silent += not self.probable
+        if self.silent == min(SILENT, len(self.items) * len(self.metrics)):
+            raise ConfigError(
+                "scores: the judge gives no probabilities (logprobs), which soft scores need; take hard"
+            )
 
     async def _unless_stalled(self, scoring: Coroutine[Any, Any, Any]) -> Any:
         """Await `scoring`; TimeoutError once nothing at all has moved for `call_timeout` seconds.

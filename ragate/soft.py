@@ -38,15 +38,10 @@ class SoftScores:
         """The soft score of one item; of probabilities that are all 0 and 1, the hard one.
 
         faithfulness, context_recall: mean of P. context_precision: ragas' average precision with P for the verdict,
-        0 where all are 0. answer_relevance: similarity times P(committal). Raises ConfigError where the judge gave no
-        probabilities, ValueError where it gave some.
+        0 where all are 0. answer_relevance: similarity times P(committal). Raises ValueError where the judge gave no
+        probability of a verdict.
         """
-        unknown = sum(claim.probability is None for claim in claims)
-        if unknown and unknown == len(claims):
-            raise ConfigError(
-                "scores: the judge gives no probabilities (logprobs), which soft scores need; take hard"
-            )
-        if unknown:
+        if unknown := sum(claim.probability is None for claim in claims):
             raise ValueError(f"the judge gave no probability of {unknown} of its {len(claims)} verdicts")
         chances = [self._mapped(metric, claim.probability or 0.0) for claim in claims]
         if metric == "context_precision":

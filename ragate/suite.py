@@ -343,20 +343,16 @@ def known_accuracy(settings: Settings, run: Run) -> dict[str, float]:
     that ships with it: scores that show the share s of a true drop are those of a judge with the balanced accuracy
     (1 + s) / 2.
     """
-    accuracy = settings.judge_accuracy
-    known = {} if accuracy is None else dict.fromkeys(run.metrics, accuracy)
-    calibration = load_known(settings)
-    if (
-        calibration is None and FIELD not in run.fingerprint
-    ):  # soft scores without a map are not what it tells of
-        calibration = shipped_calibration(run.judge)
-    if calibration is None or calibration.differences(run.fingerprint):
-        return known
-    shown = calibration.shown_hard if FIELD not in run.fingerprint else calibration.shown_soft
-    accuracy = (1 + shown) / 2
-    return (
-        known | {calibration.metric: accuracy} if accuracy > 0.5 else known
-    )  # 0.5 guesses, and shows no drop
+    hard = FIELD not in run.fingerprint
+    known = {} if settings.judge_accuracy is None else dict.fromkeys(run.metrics, settings.judge_accuracy)
+    # what ships tells nothing of soft scores, which went through no map or another
+    for calibration in (shipped_calibration(run.judge) if hard else None, load_known(settings)):
+        if calibration is None or calibration.differences(run.fingerprint):
+            continue
+        accuracy = (1 + (calibration.shown_hard if hard else calibration.shown_soft)) / 2
+        if accuracy > 0.5:  # which guesses, and shows no drop
+            known[calibration.metric] = accuracy
+    return known
 
 
 def shipped_calibration(judge: str) -> Calibration | None:

@@ -69,7 +69,7 @@ def sentences_of(text: str) -> list[str]:
         else:  # "Yes."
             waiting = piece
     if waiting or not found:  # "b) " alone is no list item
-        found += [waiting or " ".join(text.split())] if text.strip() else []
+        found += [waiting or " ".join(" ".join(lines).split()) or text.strip()] if text.strip() else []
     return found
 
 

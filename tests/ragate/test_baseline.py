@@ -203,7 +203,7 @@ def test_a_baseline_of_version_1_is_still_read_and_kept_as_version_3(tmp_path: P
 
 def test_the_committed_baseline_of_the_quickstart_is_read() -> None:
     old = load_baseline(Path(__file__).parents[2] / "baselines/quickstart.json")
-    assert (len(old.items), old.suite) == (12, "quickstart")
+    assert (len(old.items), old.suite, old.judge) == (12, "quickstart", "qwen-0.5b-judge")
 
 
 def test_a_baseline_holds_what_is_critical_what_is_reserve_and_why_it_was_accepted() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -28,7 +30,7 @@ from ragate.run import Claim, Run
 from ragate.soft import SoftScores, average_precision
 from ragate.suite import known_accuracy, shipped_calibration, strange_calibration
 from ragate.testset import Item, TestSet
-from ragate_engine import open_checkpoint, read_adapter
+from ragate_engine import Completion, SamplingParams, open_checkpoint, read_adapter
 
 MAP = ScoreMap(temperature=2.0, knots=((0.0, 0.1), (1.0, 0.5)), method="isotonic")
 
@@ -52,24 +54,33 @@ def calibration(fingerprint: dict[str, str], metric: str = "faithfulness") -> Ca
     )
 
 
-def run_of(folder: Path, soft: SoftScores | None) -> Run:
+def run_of(folder: Path, soft: SoftScores | None, engine: FakeEngine | None = None) -> Run:
     items = tuple(
         Item(id=f"q{i}", question=f"Q{i}?", reference="R.", answer="A.", contexts=(f"one {i}", "two"))
         for i in range(4)
     )
     testset = TestSet(name="suite", source="suite.jsonl", items=items, hash="abc")
-    engine = FakeEngine()
-    with Journal.open(folder / "journal.jsonl") as journal:
+    with Journal.open(folder / "journal.jsonl") as journal, closing(engine or FakeEngine()) as own:
         run, _ = evaluate(
             testset,
             list(METRICS),
-            EngineJudge(engine, "fake"),  # type: ignore[arg-type]
+            EngineJudge(own, "fake"),  # type: ignore[arg-type]
             journal,
             embeddings=FakeEmbeddings(),  # type: ignore[arg-type]
             soft=soft,
         )
-    engine.close()
     return run
+
+
+class Silent(FakeEngine):
+    """Gives no probabilities in the scores of prompts that hold `about`."""
+
+    about = ""
+
+    def _complete(self, prompt: str, params: SamplingParams) -> Completion:
+        done = super()._complete(prompt, params)
+        bare = tuple(token._replace(top=()) for token in done.tokens)
+        return replace(done, tokens=bare) if self.about in prompt else done
 
 
 def test_a_soft_score_is_made_of_the_claims_probabilities(tmp_path: Path) -> None:
@@ -136,9 +147,18 @@ def test_soft_relevance_is_the_similarity_as_far_as_the_answer_is_committal() ->
     assert SoftScores().value("answer_relevance", [claim(0.25, similarity=0.8)]) == pytest.approx(0.2)
 
 
-def test_a_judge_without_probabilities_has_no_soft_scores() -> None:
+def test_a_judge_without_probabilities_has_no_soft_scores(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="take hard"):
-        SoftScores().value("faithfulness", [claim(None), claim(None)])
+        run_of(tmp_path, SoftScores(), Silent())
+
+
+def test_an_item_without_probabilities_costs_its_scores_and_no_more(tmp_path: Path) -> None:
+    engine = Silent()
+    engine.about = "Q0?"
+    run = run_of(tmp_path, SoftScores(), engine)
+    lost = [score for score in run.scores if score.value is None]
+    assert {score.item for score in lost} == {"q0"} and len(run.scores) == 4 * len(METRICS)
+    assert all("gave no probability" in (score.error or "") for score in lost) and lost
 
 
 def test_a_verdict_without_a_probability_costs_its_score_and_no_more() -> None:
@@ -152,7 +172,8 @@ def known(
     path = folder / "map.json"
     made = calibration({"judge_weights": "w", "prompt_faithfulness": "p"})
     save_calibration(made.model_copy(update={"shown_hard": shown_hard}), path)
-    run = Run.model_construct(metrics=("faithfulness", "context_recall"), fingerprint=fingerprint)
+    metrics = ("faithfulness", "context_recall", "context_precision")
+    run = Run.model_construct(judge="fake", metrics=metrics, fingerprint=fingerprint)
     return known_accuracy(Settings(calibration=str(path), **settings), run)
 
 
@@ -189,7 +210,7 @@ def test_what_ships_with_a_judge_is_of_its_adapter_and_of_todays_prompt(model: c
     kept = shipped_calibration(model.name)
     assert kept is not None and model.adapter is not None
     try:
-        checkpoint = open_checkpoint(catalog.model_path(model.name))
+        checkpoint = open_checkpoint(catalog.model_path(model.name, pull=False))
     except CatalogError as e:
         pytest.skip(str(e))
     tokenizer = checkpoint.tokenizer
@@ -209,8 +230,21 @@ def test_the_gate_is_told_what_the_scores_of_this_judge_show_of_a_drop(tmp_path:
     mine = {"judge_weights": "w", "prompt_faithfulness": "p", "judge_backend": "any"}
     assert known(tmp_path, mine) == {"faithfulness": 0.75}  # hard scores show 0.5: 2 * 0.75 - 1
     assert known(tmp_path, mine | {"scores": "soft"}) == {"faithfulness": 0.625}
-    assert known(tmp_path, mine, judge_accuracy=0.9) == {"faithfulness": 0.75, "context_recall": 0.9}
+    other = {"context_recall": 0.9, "context_precision": 0.9}
+    assert known(tmp_path, mine, judge_accuracy=0.9) == {"faithfulness": 0.75, **other}
     assert known(tmp_path, mine | {"judge_weights": "other"}) == {}
+
+
+def test_a_calibration_of_contexts_leaves_what_ships_of_answers(tmp_path: Path) -> None:
+    shipped = shipped_calibration("qwen-0.5b-judge")
+    assert shipped is not None
+    both = shipped.fingerprint | {"prompt_context_precision": "p"}
+    contexts = {name: value for name, value in both.items() if name != "prompt_faithfulness"}
+    save_calibration(calibration(contexts, "context_precision"), tmp_path / "map.json")
+    metrics = ("faithfulness", "context_precision")
+    run = Run.model_construct(judge=shipped.judge, metrics=metrics, fingerprint=both)
+    known = known_accuracy(Settings(calibration=str(tmp_path / "map.json")), run)
+    assert known == {"faithfulness": (1 + shipped.shown_hard) / 2, "context_precision": 0.75}
 
 
 def test_a_calibration_of_another_judge_is_not_passed_over_in_silence(tmp_path: Path) -> None:
