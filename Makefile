@@ -10,7 +10,7 @@ eval: $(READY)
 	$(BIN)/ragate eval --testset testsets/quickstart.jsonl --target stored --judge qwen-0.5b-judge
 
 demo: $(READY)
-	$(BIN)/ragate eval --testset testsets/llm-serving --target ragate.demo:pipeline --judge smollm2-judge
+	$(BIN)/ragate eval --testset testsets/llm-serving --target ragate.demo:pipeline --judge qwen-0.5b-judge
 
 test: $(READY)
 	$(BIN)/ruff check .

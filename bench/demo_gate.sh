@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The demo pipeline, good and made worse, through the gate: PASS unchanged, FAIL with k = 1 and a bad prompt, INVALID by
-# another judge. usage: bench/demo_gate.sh [JUDGE] [ITEMS]    (about 20 minutes with qwen-0.5b on 2 cores)
+# another judge. usage: bench/demo_gate.sh [JUDGE] [ITEMS]    (MINUTES minutes with qwen-0.5b-judge on 2 cores)
 set -u
-judge=${1:-qwen-0.5b}
+judge=${1:-qwen-0.5b-judge}
 items=${2:-20}
 dir=.ragate/demo-gate
 mkdir -p "$dir"

@@ -73,10 +73,11 @@ threshold_mode = "relative"
 # reserve = "auto"
 # The baseline of the last release: every run is held against it too, so that small losses do not add up.
 # release = "baselines/RELEASE.json"
-# The judge's balanced accuracy on labelled data, where you know it: how large a true drop can be seen.
+# How large a true drop can be seen is said where the judge's accuracy is known, as of those that ship. Of another, its
+# balanced accuracy on labelled data:
 # judge_accuracy = 0.8
-# Or the map that `ragate judge calibrate` wrote for this judge, which says it; soft scores go through it as well. It is
-# written into .ragate/, which is not committed: copy it here.
+# Or the map that `ragate judge calibrate` wrote for it, which says it; soft scores go through it as well. It is written
+# into .ragate/, which is not committed: copy it here.
 # calibration = "baselines/faithfulness-map.json"
 # "hard" is a score of verdicts, as ragas makes it; "soft" is one of their probabilities.
 # scores = "soft"
@@ -93,7 +94,8 @@ threshold_mode = "relative"
 # max_batch = 64
 # kv_gib = 2
 # threads = 4
-# These may. On a card: 8-bit floats for K and V, twice the tokens in the same memory; quantized weights kept packed.
+# These may. On a card: 8-bit floats for K and V, twice the tokens in the same memory; quantized weights kept packed, with
+# an adapter beside them.
 # kv_dtype = "fp8_e4m3"
 # weights = "packed"
 

@@ -90,6 +90,7 @@ def test_the_way_over_files_gives_the_figures_of_the_way_without(
     capsys.readouterr()
     main([*common, "--answers", *map(str, answers), "--out", str(data / "parts.json")])
     assert figures(data / "parts.json") == figures(result)
+    assert list(json.loads((data / "parts.json").read_text())["judges"]) == ["one", "two"]
     shown = capsys.readouterr().out
     assert shown.count("ragtruth  word overlap") == 1  # a floor is said once
     found = figures(result)["one"]
