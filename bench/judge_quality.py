@@ -250,7 +250,8 @@ def report(answered: Sequence[tuple[str, Rows]], options: argparse.Namespace) ->
         entry: dict[str, Any] = {
             "answered": head,
             "sets": {
-                each: json.loads(q.model_dump_json(exclude={"misses", "roc"})) for each, (q, _) in found.items()
+                each: json.loads(q.model_dump_json(exclude={"misses", "roc"}))
+                for each, (q, _) in found.items()
             },
         }
         lines += [

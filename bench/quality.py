@@ -41,7 +41,7 @@ from ragate.catalog import resolve_judge
 from ragate.config import Settings
 from ragate.errors import RagateError
 from ragate.quantize import calibration_of
-from ragate_engine import EngineConfig
+from ragate_engine import EngineConfig, merge_adapter
 from ragate_engine.errors import EngineError
 from ragate_engine.quantize import quantize
 from ragate_engine.weights import Checkpoint, open_checkpoint
@@ -138,7 +138,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _measured(
     args: argparse.Namespace, formats: Sequence[Format], configs: Sequence[EngineConfig]
 ) -> dict[str, Any]:
-    reference = open_checkpoint(resolve_judge(args.reference, args.device).path)
+    choice = resolve_judge(args.reference, args.device)
+    reference = open_checkpoint(choice.path)
+    if choice.adapter is not None:  # what it costs to quantize again what an adapter was added to
+        reference = merge_adapter(reference, choice.adapter)
     if reference.tokenizer is None:
         raise SystemExit(f"{reference.path} has no tokenizer: add its tokenizer.json")
     pages = load_texts(args.data)

@@ -429,7 +429,7 @@ def _note(model: Model) -> str | None:
     known = f"{model.accuracy}; {model.limits}" if model.limits else model.accuracy
     if not model.proven:
         return f"The judge {model.name} is unproven: {known}."
-    return f"The judge {model.name}: {known}." if model.limits else None
+    return f"The judge {model.name} has {known}." if model.limits else None
 
 
 def _judges() -> list[str]:

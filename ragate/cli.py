@@ -560,19 +560,18 @@ def models() -> None:
 @models.command("list")
 def models_list() -> int:
     """Every model: size, licence, whether it is here, what is known of its accuracy."""
-    from rich.table import Table
+    from rich.padding import Padding
+    from rich.text import Text
 
     from ragate import catalog
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("model", "kind", "size", "licence", "here", "as a judge"):
-        table.add_column(column, overflow="fold")
+    screen = console()
     for model in catalog.models():
-        here = "yes" if catalog.is_cached(model.name) else "no"
-        size = f"{sum(f.size for f in model.files) / 1e6:.0f} MB"
+        here = "here" if catalog.is_cached(model.name) else "not here"
+        facts = f"  {model.kind}, {model.size / 1e6:.0f} MB, {model.licence}, {here}"
+        screen.print(Text(model.name, "bold").append(facts, "not bold"))
         known = f"{model.accuracy}; {model.limits}" if model.limits else model.accuracy
-        table.add_row(model.name, model.kind, size, model.licence, here, known)
-    console().print(table)
+        screen.print(Padding(Text(known, "dim"), (0, 0, 0, 4)), soft_wrap=False)
     click.echo(f"cache: {catalog.cache_folder()}")
     return 0
 
