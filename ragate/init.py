@@ -94,8 +94,8 @@ threshold_mode = "relative"
 # max_batch = 64
 # kv_gib = 2
 # threads = 4
-# These may. On a card: 8-bit floats for K and V, twice the tokens in the same memory; quantized weights kept packed, with
-# an adapter beside them.
+# These may. On a card: 8-bit floats for K and V, twice the tokens in the same memory; quantized weights kept packed,
+# with an adapter beside them.
 # kv_dtype = "fp8_e4m3"
 # weights = "packed"
 

@@ -2,7 +2,8 @@
 
 Prose, Markdown lists and numbered steps; abbreviations, initials, decimals and list numbers end no sentence. A lead-in
 ("Garlic has these benefits:") states nothing by itself, so it stays with what it leads to, and with each list item too
-short to be understood alone; a courtesy ("I hope this helps!") states nothing at all and is left out.
+short to be understood alone; a courtesy ("I hope this helps!") states nothing at all and is left out, and so is a bare
+refusal ("Unable to answer based on given passages."), unless there is nothing else.
 """
 
 from __future__ import annotations
@@ -27,11 +28,28 @@ _NUMBER_ALONE = re.compile(r"(?:^|[:;.!?]\s+|\s)\(?\d{1,3}\.$")
 """What stands before a list number inside a line: `... this. 2.`"""
 _COURTESY = re.compile(
     r"(?:sure|certainly|of course|absolutely|great question|good luck|enjoy|you're welcome|thank you|thanks)[!.,]*|"
+    r"(?:(?:sure|certainly|of course|absolutely|yes)[,.!]* )?(?:i can|i could|i will|i'll|let me) (?:\w+ )?"
+    r"(?:help|assist)\b.*|"
     r"(?:i )?hope (?:this|that|it) (?:helps|is helpful)\b.*|"
     r"(?:please )?(?:let me know|feel free)\b.*|(?:if you have|do you have) any (?:other|more|further|questions).*|"
     r"(?:is there anything|how can i|i'?m happy to|i'?d be happy to)\b.*",
     re.IGNORECASE,
 )
+_REFUSAL = (
+    "a able about adequate also am an and answer answered answering answers any are as available based because by "
+    "can clear complete contain contained contains context contexts could definitive detailed details determine "
+    "did directly do documents does enough explicit explicitly find for from further give given guidance have "
+    "here however i i'm in include included information is it mention mentioned more necessary note of on only or "
+    "passage passages please possible precise provide provided provides query relevant response say so solely "
+    "sorry source sources specific specifically specified state stated sufficient text that the there therefore "
+    "these they this thus to unfortunately was were with you your"
+)
+_CANNOT = "can't cannot couldn't didn't doesn't don't insufficient isn't lack lacks no not unable"
+_ASKED = "answer answered answering answers information question questions response"
+_REFUSING = frozenset(f"{_REFUSAL} {_CANNOT} {_ASKED}".split())
+"""What a bare refusal is made of: it names nothing of its own."""
+_MUST = frozenset(_CANNOT.split()), frozenset(_ASKED.split())
+"""It has a word of each."""
 _CITATION = re.compile(
     r"\s*\([^()]{0,40}?\b(?:passages?|sources?|documents?|contexts?)\s+\d[^()]{0,40}\)|\s*\[\d{1,2}(?:\s*,\s*\d{1,2})*\]",
     re.IGNORECASE,
@@ -50,7 +68,7 @@ def sentences_of(text: str) -> list[str]:
     pieces = [(piece, bool(_MARKER.match(line))) for line in lines for piece in _sentences(line)]
     found: list[str] = []
     waiting, lead = "", ""  # what must not stand alone; the lead-in of the list that we are in
-    for piece, listed in [each for each in pieces if not _COURTESY.fullmatch(each[0])] or pieces[:1]:
+    for piece, listed in [each for each in pieces if not _is_empty(each[0])] or pieces[:1]:
         words = len(_WORD.findall(piece))
         if piece.endswith(":"):
             waiting = lead = f"{waiting} {piece}".strip()
@@ -71,6 +89,14 @@ def sentences_of(text: str) -> list[str]:
     if waiting or not found:  # "b) " alone is no list item
         found += [waiting or " ".join(" ".join(lines).split()) or text.strip()] if text.strip() else []
     return found
+
+
+def _is_empty(piece: str) -> bool:
+    """Whether a sentence is a courtesy or a bare refusal."""
+    if _COURTESY.fullmatch(piece):
+        return True
+    words = set(re.findall(r"[\w']+", piece.lower().replace("’", "'")))
+    return words <= _REFUSING and not any(words.isdisjoint(some) for some in _MUST)
 
 
 def _sentences(line: str) -> list[str]:

@@ -15,6 +15,7 @@ from functools import lru_cache
 
 from ragate.judging.sentences import even_parts
 from ragate.schemas import MOST_ITEMS
+from ragate.tuning.absence import absence, refusal
 from ragate.tuning.edits import (
     Names,
     changed,
@@ -43,6 +44,8 @@ from ragate.tuning.text import (
 )
 from ragate.tuning.wording import dressed, lowered, told
 
+UNSAID = 0.14
+"""Share of the scenes with a claim about what the passages do not say."""
 WHOLE = 0.42
 """Share of the scenes that are a whole answer, sentence by sentence, where the case has one."""
 
@@ -76,7 +79,7 @@ def scene_of(case: Case, neighbour: Case, names: Names, rng: random.Random) -> S
     """A scene of a case; what is foreign in it comes from a neighbour, a case on a near subject."""
     subject = subject_of(case.question, case.passages)
     if rng.random() < WHOLE and (answer := whole_answer(case)):
-        return _answer_scene(case, answer, neighbour, subject, rng)
+        return _unsaid(_answer_scene(case, answer, neighbour, subject, rng), neighbour, rng)
     passages = list(case.passages)
     claims = [Claim(text, 1, "as written") for text in _reworded_first(case, rng)[:6]]
     for text in extracts(case, rng, rng.choice((0, 1, 2, 2)) if claims else 4):
@@ -100,7 +103,18 @@ def scene_of(case: Case, neighbour: Case, names: Names, rng: random.Random) -> S
             claims.insert(rng.randint(0, len(claims)), claim)
     claims = _merge(claims, passages, neighbour, rng)
     claims = [_dress(claim, subject.topic, passages, rng) for claim in claims]
-    return Scene(case, tuple(passages), tuple(claims), whole=False)
+    return _unsaid(Scene(case, tuple(passages), tuple(claims), whole=False), neighbour, rng)
+
+
+def _unsaid(scene: Scene, neighbour: Case, rng: random.Random) -> Scene:
+    """The scene, now and then with a refusal or a claim of absence, mostly at the end."""
+    if rng.random() >= UNSAID:
+        return scene
+    found = absence(scene.passages, neighbour.passages, rng) if rng.random() < 0.6 else None
+    claim = Claim(refusal(rng), 1, "refusal") if found is None else Claim(*found, "absence")
+    claims = list(scene.claims)
+    claims.insert(len(claims) if rng.random() < 0.7 else rng.randint(0, len(claims)), claim)
+    return replace(scene, claims=tuple(claims))
 
 
 def _reworded_first(case: Case, rng: random.Random) -> list[str]:

@@ -130,7 +130,8 @@ def _nli(scene: Scene, rng: random.Random) -> Lesson | None:
 
 def _recall(scene: Scene) -> Lesson | None:
     claims = [claim for claim in scene.claims if len(claim.text) <= STATEMENT_CHARS]
-    claims = [claim for claim in claims if claim.text[-1:] == "." and len(sentences(claim.text)) == 1][:6]
+    claims = [claim for claim in claims if claim.text[-1:] == "." and len(sentences(claim.text)) == 1]
+    claims = [claim for claim in claims if claim.kind != "refusal"][:6]  # no reference is one
     if not claims:
         return None
     case = scene.case

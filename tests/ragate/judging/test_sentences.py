@@ -68,6 +68,35 @@ def test_what_states_nothing_is_left_out() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Sure, I can help you with that!",
+        "Yes, I'll help you find it.",
+        "Unable to answer based on given passages.",
+        "Therefore, I cannot provide a response based on the given passages.",
+        "(The passages don’t contain the necessary information to answer the question.)",
+    ],
+)
+def test_offers_and_bare_refusals_state_nothing(text: str) -> None:
+    assert sentences_of(f"{text} It opens at nine.") == ["It opens at nine."]
+    assert sentences_of(text) == [text]  # but where there is nothing else, they are all there is
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The passages do not mention Berlin.",
+        "It cannot be given to children.",
+        "Unable to answer based on the passages: the fee of 2019 is not in them.",
+        "It can help with headaches.",
+        "No, it is not.",
+    ],
+)
+def test_what_names_something_of_its_own_is_no_refusal(text: str) -> None:
+    assert sentences_of(f"It opens at nine. {text}")[1:] == [text]
+
+
 def test_an_answer_that_is_nothing_but_a_courtesy_is_still_a_statement() -> None:
     assert sentences_of("Sure!") == ["Sure!"]
     assert sentences_of(" \n ") == []
