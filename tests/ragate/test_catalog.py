@@ -346,6 +346,14 @@ def test_a_trained_judge_is_its_base_with_the_adapter_beside_the_code(name: str)
     config = json.loads((model.adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == base.files[0].path
     assert 1e6 < (model.adapter / "adapter_model.safetensors").stat().st_size < 10e6
+    # figures and weights, and no text that it was trained on
+    assert {file.name for file in model.adapter.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "faithfulness-map.json",
+        "learning-curve.svg",
+    }
     card = (model.adapter / "README.md").read_text()
     for word in ("## Data", "## Recipe", "seed", "## Figures", "## Limits", "Licence", base.licence):
         assert word in card, word

@@ -17,6 +17,7 @@ from ragate.metrics import INPUT_MARK
 from ragate.schemas import breach, parse
 from ragate.tuning import lessons
 from ragate.tuning.__main__ import main
+from ragate.tuning.absence import absence, refusal
 from ragate.tuning.claims import Claim, scene_of, whole_answer
 from ragate.tuning.edits import Names, edits_of, negated, overstated, without_support
 from ragate.tuning.examples import example_of, examples_of, load_examples, save_examples
@@ -256,6 +257,22 @@ def test_an_answer_with_a_sentence_that_nobody_knows_to_be_supported_is_no_whole
 
 
 # Wording
+
+
+def test_what_is_missing_is_missing_and_what_is_said_to_be_is_there() -> None:
+    here = ["The tower in Paris was built by Gustave Eiffel for a fair of 1889."]
+    there = ["In the city of Lyon the theatre was made by Carl Langhans."]
+    rng = random.Random(5)
+    found = {absence(here, there, rng) for _ in range(200)}
+    claims = [claim for claim in found if claim is not None]
+    for text, label in claims:
+        missing = any(name in text for name in ("Lyon", "Carl Langhans"))
+        assert missing != any(name in text for name in ("Paris", "Gustave Eiffel")), text
+        assert label == missing and re.search(r"\b(?:no|not)\b", text.lower()), text
+    assert {label for _, label in claims} == {0, 1} and len(claims) > 100
+    assert absence(["it rained"], ["it snowed"], rng) is None
+    refusals = {refusal(rng) for _ in range(300)}
+    assert len(refusals) > 100 and not any("{" in text for text, _ in [*claims, *((r, 1) for r in refusals)])
 
 
 def test_fillers_have_hundreds_of_wordings_and_no_open_slot() -> None:
