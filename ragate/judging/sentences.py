@@ -51,7 +51,8 @@ _REFUSING = frozenset(f"{_REFUSAL} {_CANNOT} {_ASKED}".split())
 _MUST = frozenset(_CANNOT.split()), frozenset(_ASKED.split())
 """It has a word of each."""
 _CITATION = re.compile(
-    r"\s*\([^()]{0,40}?\b(?:passages?|sources?|documents?|contexts?)\s+\d[^()]{0,40}\)|\s*\[\d{1,2}(?:\s*,\s*\d{1,2})*\]",
+    r"\s*\([^()]{0,40}?\b(?:passages?|sources?|documents?|contexts?)\s+\d[^()]{0,40}\)|\s*\[\d{1,2}(?:\s*,\s*\d{1,2})*\]|"
+    r"^\W*(?:passage|source|document|context) \d{1,2}: ?",
     re.IGNORECASE,
 )
 _EMPHASIS = re.compile(r"\*\*|__")

@@ -66,6 +66,7 @@ def test_what_states_nothing_is_left_out() -> None:
         "It rained.",
         "It was cold (2019).",
     ]
+    assert sentences_of("Passage 1: It rained.\n* Source 2: It snowed.") == ["It rained.", "It snowed."]
 
 
 @pytest.mark.parametrize(
