@@ -27,6 +27,9 @@ SHARES = {"nli": 0.62, "precision": 0.15, "recall": 0.08, "statements": 0.08, "r
 SOURCES = {"ragbench": 0.6, "halueval_summarization": 0.3, "halueval_qa": 0.08, "halueval_dialogue": 0.02}
 """Cases of each source: RAGBench's are few, and come again in other scenes."""
 
+USEFUL = 0.5
+"""Share of the contexts that are useful: fewer, and P(useful) is low for useful ones too."""
+
 HELD_OUT_SHARE = 0.04
 """Clusters that no training lesson is of."""
 
@@ -147,7 +150,7 @@ def _precision(case: Case, neighbour: Case, rng: random.Random) -> Lesson | None
 def _labelled_precision(case: Case, neighbour: Case, rng: random.Random) -> Lesson | None:
     """A passage that somebody labelled, one that lost what mattered, or a neighbour's."""
     assert case.relevant is not None
-    wanted = rng.random() < 0.33
+    wanted = rng.random() < USEFUL
     at = [i for i, label in enumerate(case.relevant) if bool(label) == wanted]
     labelled = [(case.passages[i], Claim("", int(wanted), "labelled")) for i in at]
     if not wanted and rng.random() < 0.4:
@@ -183,7 +186,7 @@ def _claim_precision(case: Case, rng: random.Random) -> Lesson | None:
     if not useful or len(found[useful[0]]) < 0.4 * len(own):
         return None
     rest = [piece for piece in pieces if piece not in useful and len(found[piece]) <= 0.34 * len(own)]
-    label = int(rng.random() < 0.3)
+    label = int(rng.random() < USEFUL)
     if not label and not rest:
         return None
     question = NO_QUESTION if rng.random() < 0.5 else case.question
