@@ -28,33 +28,41 @@ _NUMBER_ALONE = re.compile(r"(?:^|[:;.!?]\s+|\s)\(?\d{1,3}\.$")
 """What stands before a list number inside a line: `... this. 2.`"""
 _COURTESY = re.compile(
     r"(?:sure|certainly|of course|absolutely|great question|good luck|enjoy|you're welcome|thank you|thanks)[!.,]*|"
-    r"(?:(?:sure|certainly|of course|absolutely|yes)[,.!]* )?(?:i can|i could|i will|i'll|let me) (?:\w+ )?"
-    r"(?:help|assist)\b.*|"
+    r"(?:(?:sure|certainly|of course|absolutely|yes)[,.!]* )?(?:i can|i will|i'll|let me) (?:\w+ly )?"
+    r"(?:help|assist)(?: you)?(?: (?:with|find) (?:that|this|it|your question|the question))?[.!]*|"
     r"(?:i )?hope (?:this|that|it) (?:helps|is helpful)\b.*|"
     r"(?:please )?(?:let me know|feel free)\b.*|(?:if you have|do you have) any (?:other|more|further|questions).*|"
     r"(?:is there anything|how can i|i'?m happy to|i'?d be happy to)\b.*",
     re.IGNORECASE,
 )
-_REFUSAL = (
-    "a able about adequate also am an and answer answered answering answers any are as available based because by "
-    "can clear complete contain contained contains context contexts could definitive detailed details determine "
-    "did directly do documents does enough explicit explicitly find for from further give given guidance have "
-    "here however i i'm in include included information is it mention mentioned more necessary note of on only or "
-    "passage passages please possible precise provide provided provides query relevant response say so solely "
-    "sorry source sources specific specifically specified state stated sufficient text that the there therefore "
-    "these they this thus to unfortunately was were with you your"
+_OF_THEM = (
+    r"(?: (?:based on|from|with|given|in|using)(?: only)?(?: the| these| this| your)?(?: given| provided| available)?"
+    r" (?:passages?|contexts?|documents?|sources?|information|text)(?: provided| given| alone)?)?"
 )
-_CANNOT = "can't cannot couldn't didn't doesn't don't insufficient isn't lack lacks no not unable"
-_ASKED = "answer answered answering answers information question questions response"
-_REFUSING = frozenset(f"{_REFUSAL} {_CANNOT} {_ASKED}".split())
-"""What a bare refusal is made of: it names nothing of its own."""
-_MUST = frozenset(_CANNOT.split()), frozenset(_ASKED.split())
-"""It has a word of each."""
-_CITATION = re.compile(
-    r"\s*\([^()]{0,40}?\b(?:passages?|sources?|documents?|contexts?)\s+\d[^()]{0,40}\)|\s*\[\d{1,2}(?:\s*,\s*\d{1,2})*\]|"
-    r"^\W*(?:passage|source|document|context) \d{1,2}: ?",
+_QUESTION = (
+    r"(?: (?:to )?(?:the|this|that|your|a|an|any)(?: \w+)? (?:question|query|answer|response)| this| it)?"
+)
+_REFUSAL = re.compile(
+    r"\W*(?:(?:note(?: that)?|therefore|thus|so|however|unfortunately|sorry|i(?:'m| am) sorry)[,:]? (?:but )?)?(?:"
+    r"(?:(?:i(?:'m| am)|we are|it is) )?(?:unable|not able|not possible|impossible) to"
+    rf" (?:answer|respond|provide|give|determine){_QUESTION}{_OF_THEM}|"
+    rf"(?:i|we) (?:cannot|can't|can not|could not|couldn't) (?:answer|respond|provide|give){_QUESTION}{_OF_THEM}|"
+    rf"(?:(?:the|these|this|your) )?(?:(?:given|provided|available) )?(?:passages?|contexts?|documents?|sources?|text)"
+    r"(?: provided)? (?:do not|does not|don't|doesn't) (?:contain|provide|have|give|include)"
+    r"(?: the| any| enough| sufficient| necessary)* information(?: needed| required)?"
+    rf" to (?:answer|respond){_QUESTION}|"
+    r"there is (?:no|not enough|insufficient) (?:sufficient )?information"
+    rf"{_OF_THEM} to (?:answer|respond){_QUESTION}{_OF_THEM}|"
+    rf"i (?:do not|don't) have (?:enough|sufficient|the) information to (?:answer|respond){_QUESTION}{_OF_THEM})\W*",
     re.IGNORECASE,
 )
+"""A sentence that says that there is no answer, and nothing else."""
+_CITATION = re.compile(
+    r"\s*\([^()]{0,40}?\b(?:passages?|sources?|documents?|contexts?)\s+\d[^()]{0,40}\)|\s*\[\d{1,2}(?:\s*,\s*\d{1,2})*\]",
+    re.IGNORECASE,
+)
+_PASSAGE = re.compile(r"^(?:passage|source|document|context) \d{1,2}: *", re.IGNORECASE)
+"""A citation before what it is of."""
 _EMPHASIS = re.compile(r"\*\*|__")
 _WORD = re.compile(r"[^\W_]{2,}")
 
@@ -65,11 +73,13 @@ SHORT_ITEM = 6
 
 def sentences_of(text: str) -> list[str]:
     """The statements of an answer: at least one unless it is blank; list markers and emphasis are dropped."""
-    lines = [_EMPHASIS.sub("", _CITATION.sub("", line)) for line in text.splitlines()]
+    lines = [_CITATION.sub("", _EMPHASIS.sub("", line)) for line in text.splitlines()]
     pieces = [(piece, bool(_MARKER.match(line))) for line in lines for piece in _sentences(line)]
     found: list[str] = []
     waiting, lead = "", ""  # what must not stand alone; the lead-in of the list that we are in
-    for piece, listed in [each for each in pieces if not _is_empty(each[0])] or pieces[:1]:
+    telling = [each for each in pieces if not _COURTESY.fullmatch(each[0])]
+    claiming = [each for each in telling if not _REFUSAL.fullmatch(each[0].replace("’", "'"))]
+    for piece, listed in claiming or telling[:1] or pieces[:1]:
         words = len(_WORD.findall(piece))
         if piece.endswith(":"):
             waiting = lead = f"{waiting} {piece}".strip()
@@ -92,14 +102,6 @@ def sentences_of(text: str) -> list[str]:
     return found
 
 
-def _is_empty(piece: str) -> bool:
-    """Whether a sentence is a courtesy or a bare refusal."""
-    if _COURTESY.fullmatch(piece):
-        return True
-    words = set(re.findall(r"[\w']+", piece.lower().replace("’", "'")))
-    return words <= _REFUSING and not any(words.isdisjoint(some) for some in _MUST)
-
-
 def _sentences(line: str) -> list[str]:
     """The sentences of one line without their list markers."""
     pieces = []
@@ -113,7 +115,7 @@ def _sentences(line: str) -> list[str]:
         pieces.append(before)
         start = match.end()
     pieces.append(line[start:])
-    return [clean for piece in pieces if (clean := _MARKER.sub("", piece).strip())]
+    return [clean for piece in pieces if (clean := _PASSAGE.sub("", _MARKER.sub("", piece)).strip())]
 
 
 def _is_list_number(before: str) -> bool:

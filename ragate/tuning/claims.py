@@ -44,8 +44,6 @@ from ragate.tuning.text import (
 )
 from ragate.tuning.wording import dressed, lowered, told
 
-UNSAID = 0.14
-"""Share of the scenes with a claim about what the passages do not say."""
 WHOLE = 0.42
 """Share of the scenes that are a whole answer, sentence by sentence, where the case has one."""
 
@@ -69,6 +67,7 @@ class Scene:
     """Passages, and claims about them in the order of an answer."""
 
     case: Case
+    neighbour: Case
     passages: tuple[str, ...]
     claims: tuple[Claim, ...]
     whole: bool
@@ -79,7 +78,7 @@ def scene_of(case: Case, neighbour: Case, names: Names, rng: random.Random) -> S
     """A scene of a case; what is foreign in it comes from a neighbour, a case on a near subject."""
     subject = subject_of(case.question, case.passages)
     if rng.random() < WHOLE and (answer := whole_answer(case)):
-        return _unsaid(_answer_scene(case, answer, neighbour, subject, rng), neighbour, rng)
+        return _answer_scene(case, answer, neighbour, subject, rng)
     passages = list(case.passages)
     claims = [Claim(text, 1, "as written") for text in _reworded_first(case, rng)[:6]]
     for text in extracts(case, rng, rng.choice((0, 1, 2, 2)) if claims else 4):
@@ -103,18 +102,13 @@ def scene_of(case: Case, neighbour: Case, names: Names, rng: random.Random) -> S
             claims.insert(rng.randint(0, len(claims)), claim)
     claims = _merge(claims, passages, neighbour, rng)
     claims = [_dress(claim, subject.topic, passages, rng) for claim in claims]
-    return _unsaid(Scene(case, tuple(passages), tuple(claims), whole=False), neighbour, rng)
+    return Scene(case, neighbour, tuple(passages), tuple(claims), whole=False)
 
 
-def _unsaid(scene: Scene, neighbour: Case, rng: random.Random) -> Scene:
-    """The scene, now and then with a refusal or a claim of absence, mostly at the end."""
-    if rng.random() >= UNSAID:
-        return scene
-    found = absence(scene.passages, neighbour.passages, rng) if rng.random() < 0.6 else None
-    claim = Claim(refusal(rng), 1, "refusal") if found is None else Claim(*found, "absence")
-    claims = list(scene.claims)
-    claims.insert(len(claims) if rng.random() < 0.7 else rng.randint(0, len(claims)), claim)
-    return replace(scene, claims=tuple(claims))
+def unsaid(scene: Scene, rng: random.Random) -> Claim:
+    """A refusal, or a claim that the passages do not mention what they do or what the neighbour's do."""
+    found = absence(scene.passages, scene.neighbour.passages, rng) if rng.random() < 0.6 else None
+    return Claim(refusal(rng), 1, "refusal") if found is None else Claim(*found, "absence")
 
 
 def _reworded_first(case: Case, rng: random.Random) -> list[str]:
@@ -151,7 +145,7 @@ def _answer_scene(
         passages, claims = _extend(passages, claims, subject, rng)
     if claims and rng.random() < 0.3:
         claims[0] = _dress(claims[0], subject.topic, passages, rng)
-    return Scene(case, tuple(passages), tuple(claims), whole=True)
+    return Scene(case, neighbour, tuple(passages), tuple(claims), whole=True)
 
 
 def _strange(case: Case, neighbour: Case, subject: Subject, rng: random.Random) -> list[tuple[str, str]]:

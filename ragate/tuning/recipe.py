@@ -15,7 +15,7 @@ from pathlib import Path
 from ragate.errors import TestSetError
 from ragate.schemas import MOST_ITEMS, STATEMENT_CHARS
 from ragate.tuning import lessons
-from ragate.tuning.claims import Claim, Scene, neighbour_of, scene_of
+from ragate.tuning.claims import Claim, Scene, neighbour_of, scene_of, unsaid
 from ragate.tuning.edits import Names, without_support
 from ragate.tuning.lessons import Lesson
 from ragate.tuning.sources import Case, load_cases
@@ -27,6 +27,8 @@ SHARES = {"nli": 0.62, "precision": 0.15, "recall": 0.08, "statements": 0.08, "r
 SOURCES = {"ragbench": 0.6, "halueval_summarization": 0.3, "halueval_qa": 0.08, "halueval_dialogue": 0.02}
 """Cases of each source: RAGBench's are few, and come again in other scenes."""
 
+UNSAID = 0.14
+"""Share of the NLI lessons with a claim about what the passages do not say."""
 USEFUL = 0.5
 """Share of the contexts that are useful: fewer, and P(useful) is low for useful ones too."""
 
@@ -128,13 +130,16 @@ def _nli(scene: Scene, rng: random.Random) -> Lesson | None:
         claims = true if true and rng.random() < 0.5 else claims
         whole = int(all(claim.label for claim in claims))
         claims = [Claim(" ".join(claim.text for claim in claims), whole, f"whole answer of {len(claims)}")]
+    elif rng.random() < UNSAID:
+        claims = claims[: MOST_ITEMS - 1]
+        at = len(claims) if rng.random() < 0.7 else rng.randint(0, len(claims))
+        claims.insert(at, unsaid(scene, rng))
     return lessons.nli(scene.passages, claims, scene.case.source, scene.case.cluster)
 
 
 def _recall(scene: Scene) -> Lesson | None:
     claims = [claim for claim in scene.claims if len(claim.text) <= STATEMENT_CHARS]
-    claims = [claim for claim in claims if claim.text[-1:] == "." and len(sentences(claim.text)) == 1]
-    claims = [claim for claim in claims if claim.kind != "refusal"][:6]  # no reference is one
+    claims = [claim for claim in claims if claim.text[-1:] == "." and len(sentences(claim.text)) == 1][:6]
     if not claims:
         return None
     case = scene.case

@@ -66,7 +66,11 @@ def test_what_states_nothing_is_left_out() -> None:
         "It rained.",
         "It was cold (2019).",
     ]
-    assert sentences_of("Passage 1: It rained.\n* Source 2: It snowed.") == ["It rained.", "It snowed."]
+    assert sentences_of("**Passage 1**: It rained.\n* Source 2: It snowed.") == ["It rained.", "It snowed."]
+    assert sentences_of("It has benefits:\n* Passage 1: fewer colds\n* Passage 2: better sleep") == [
+        "It has benefits: fewer colds",
+        "It has benefits: better sleep",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -92,6 +96,12 @@ def test_offers_and_bare_refusals_state_nothing(text: str) -> None:
         "Unable to answer based on the passages: the fee of 2019 is not in them.",
         "It can help with headaches.",
         "No, it is not.",
+        "Therefore, the answer to your question is no.",
+        "You do not have to answer any questions.",
+        "No response is necessary.",
+        "Sure, I can help you with that: the fee is $40.",
+        "Yes, I can help with that - the capital of Australia is Sydney.",
+        "I will assist the director of the film in Berlin.",
     ],
 )
 def test_what_names_something_of_its_own_is_no_refusal(text: str) -> None:
@@ -100,6 +110,8 @@ def test_what_names_something_of_its_own_is_no_refusal(text: str) -> None:
 
 def test_an_answer_that_is_nothing_but_a_courtesy_is_still_a_statement() -> None:
     assert sentences_of("Sure!") == ["Sure!"]
+    refusal = "Unable to answer based on given passages."
+    assert sentences_of(f"Sure, I can help you with that! {refusal}") == [refusal]
     assert sentences_of(" \n ") == []
 
 
