@@ -63,9 +63,9 @@ class Model:
     """What is known of its accuracy, in one sentence."""
     hub_revision: str = "main"
     proven: bool = False
-    """True once its balanced accuracy as a judge has been measured on human labels and found good."""
+    """True once it is known to tell what people labelled better than word overlap does, by more than chance."""
     limits: str | None = None
-    """Of a proven judge, what it cannot judge: a clause."""
+    """What it cannot judge: a clause."""
     base: str | None = None
     """The model whose files these are, of a judge that wears the adapter of its own name (`ADAPTERS`)."""
     tests_only: bool = False

@@ -207,7 +207,7 @@ def judge_tune(
 ) -> int:
     """Train a LoRA adapter of MODEL, a name of the catalogue or a path, into FOLDER. Resumes by itself.
 
-    It is trained on judgements in ragas' own prompts, and worn with `ragate eval --adapter FOLDER`.
+    It is trained on judgements in ragas' own prompts, and worn with `ragate eval --judge MODEL --adapter FOLDER`.
     """
     from ragate.cli import console
     from ragate.progress import Progress

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 CALL_TIMEOUT = 600.0
 SILENT = 8
 """Scores without a single probability after which soft scores are given up."""
+NO_PROBABILITIES = "scores: the judge gives no probabilities (logprobs), which soft scores need; take hard"
 
 
 EventKind = Literal["start", "answer", "call", "score", "warning", "done"]
@@ -268,10 +269,8 @@ class _Evaluation:
         self.judge, self.journal, self.embeddings, self.target = judge, journal, embeddings, target
         self.on_event, self.call_timeout = on_event, call_timeout
         self.soft = soft
-        self.probable = False
-        """Whether the judge has given a probability yet."""
         self.silent = 0
-        """Scores before it did."""
+        """Scores without a probability before the judge gave any."""
         self.scorers = {metric.name: metric.scorer(judge, embeddings) for metric in metrics}
         self.calls_before = judge.calls_done
         self.computed_before = set(judge.call_ms)
@@ -308,6 +307,8 @@ class _Evaluation:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self.judge.on_call = lambda: None
+        if self.silent and not self.judge.probable:  # of few scores, all without one
+            raise ConfigError(NO_PROBABILITIES)
         ended = [scores[key].result() for key in sorted(scores)]
         items = tuple(answer.result() for answer in answers)
         return items, tuple(score for score, _ in ended), [record for _, record in ended]
@@ -440,12 +441,10 @@ class _Evaluation:
 
     def _refuse_silent(self, claims: Sequence[Claim]) -> None:
         """Raise ConfigError where the judge gave no probability in any of the first `SILENT` scores: it never will."""
-        self.probable = self.probable or any(claim.probability is not None for claim in claims)
-        self.silent += not self.probable
-        if self.silent == min(SILENT, len(self.items) * len(self.metrics)):
-            raise ConfigError(
-                "scores: the judge gives no probabilities (logprobs), which soft scores need; take hard"
-            )
+        self.judge.probable = self.judge.probable or any(claim.probability is not None for claim in claims)
+        self.silent += not self.judge.probable
+        if self.silent == SILENT:
+            raise ConfigError(NO_PROBABILITIES)
 
     async def _unless_stalled(self, scoring: Coroutine[Any, Any, Any]) -> Any:
         """Await `scoring`; TimeoutError once nothing at all has moved for `call_timeout` seconds.

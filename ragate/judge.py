@@ -20,6 +20,7 @@ from ragate.journal import CallEntry
 from ragate.metrics import RECORD, JudgedCall, Metric, keep_quiet
 from ragate.run import ItemRecord
 from ragate.schemas import AnswerSchema, answer_schema, breach, parse, portable, sample
+from ragate.session import worn
 from ragate.verdicts import LOGPROBS, verdict_probabilities
 from ragate_engine import DeviceError, EngineClosedError, SamplingParams, TokenInfo
 
@@ -66,6 +67,8 @@ class Judge(InstructorBaseRagasLLM):  # type: ignore[misc]
         self.on_call: Callable[[], None] = lambda: None
         self.calls_done = 0
         self.call_ms: dict[str, float] = {}
+        self.probable = False
+        """Whether it has given a probability of a verdict yet."""
         self._known: dict[str, CallEntry] = {}
         self._running: dict[str, asyncio.Task[CallEntry]] = {}
         self._waiting: dict[str, int] = {}
@@ -189,11 +192,11 @@ class _TooLongError(Exception):
 class EngineJudge(Judge):
     """A judge that is a `ragate_engine.Engine` of this process: greedy, under a grammar."""
 
-    def __init__(self, engine: Engine, name: str, adapter: str | None = None) -> None:
-        """`name` is what reports call it: a catalogue name or a path; `adapter` one of the engine's own."""
+    def __init__(self, engine: Engine, name: str) -> None:
+        """`name` is what reports call it: a catalogue name or a path."""
         self.engine = engine
-        self.adapter = adapter
-        self.description = engine.describe(adapter)
+        self.adapter = worn(engine)
+        self.description = engine.describe(self.adapter)
         identity = self.description | {"template": self.render("probe"), "window": str(engine.max_len)}
         super().__init__(name, identity)
 

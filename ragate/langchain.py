@@ -17,7 +17,7 @@ from langchain_core.messages import AIMessage, BaseMessage, convert_to_openai_me
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables import Runnable, RunnableLambda, RunnablePassthrough
 from langchain_core.utils.function_calling import convert_to_json_schema
-from pydantic import BaseModel, Field, PrivateAttr
+from pydantic import BaseModel, Field
 
 from ragate.errors import ConfigError
 
@@ -40,7 +40,6 @@ class ChatRagate(BaseChatModel):  # type: ignore[misc]
     """A name of `ragate models list`, a .gguf file or a model folder; unused when `engine` is given."""
     engine: Any = Field(default=None, exclude=True, repr=False)
     """A `ragate_engine.Engine`, to share one."""
-    _adapter: str | None = PrivateAttr(default=None)
     temperature: float = 0.0
     max_tokens: int = 256
     seed: int = 0
@@ -112,17 +111,17 @@ class ChatRagate(BaseChatModel):  # type: ignore[misc]
     def _engine(self) -> Engine:
         if self.engine is None:
             from ragate.catalog import resolve_judge
-            from ragate.session import beside, open_engine
+            from ragate.session import open_engine
 
             choice = resolve_judge(self.model)
             self.engine = open_engine(choice.path, adapter=choice.adapter)
-            self._adapter = beside(choice.adapter)
         engine: Engine = self.engine
         return engine
 
     def _submit(
         self, messages: list[BaseMessage], stop: list[str] | None, options: dict[str, Any]
     ) -> Future[Completion]:
+        from ragate.session import worn
         from ragate_engine import SamplingParams
 
         params = SamplingParams(
@@ -137,7 +136,7 @@ class ChatRagate(BaseChatModel):  # type: ignore[misc]
             raise ConfigError(f"ChatRagate: unknown option {', '.join(sorted(options))}")
         engine = self._engine()
         prompt = engine.chat_prompt([_turn(message) for message in messages])
-        return engine.submit(prompt, params, self._adapter)
+        return engine.submit(prompt, params, worn(engine))
 
 
 class RagateEmbeddings(Embeddings):  # type: ignore[misc]

@@ -30,25 +30,26 @@ def open_engine(
     progress: Callable[[int, int], None] = lambda done, total: None,
     adapter: Path | None = None,
 ) -> Engine:
-    """The engine that serves the model at `path` with `adapter`, loaded on first use; its requests name `beside`.
+    """The engine that serves the model at `path` with `adapter`, loaded on first use.
 
-    Raises the engine's own errors.
+    It is merged into the weights, or beside packed ones: requests name what `worn` says. Raises the engine's errors.
     """
     from ragate_engine import Engine
 
     key = path.resolve(), adapter.resolve() if adapter is not None else None
     with _lock:
         if key not in _engines:
-            worn = replace(_config, adapters=(adapter,)) if adapter and beside(adapter) else None
-            _engines[key] = Engine.load(path, worn or replace(_config, merge_adapter=adapter), progress)
+            beside = adapter is not None and _config.weights == "packed"
+            how = {"adapters": (adapter,)} if beside else {"merge_adapter": adapter}
+            _engines[key] = Engine.load(path, replace(_config, **how), progress)
             # what is loaded by now stays: the collector need not walk it again for every few thousand tokens
             gc.freeze()
         return _engines[key]
 
 
-def beside(adapter: Path | None) -> str | None:
-    """What requests call an adapter that stays beside packed weights; `None` where it is merged into the weights."""
-    return adapter.resolve().name if adapter is not None and _config.weights == "packed" else None
+def worn(engine: Engine) -> str | None:
+    """The adapter that requests to a judge's engine name: the one beside its weights, if there is one."""
+    return engine.adapters[0] if len(engine.adapters) == 1 else None
 
 
 def close_engines() -> None:

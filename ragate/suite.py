@@ -224,7 +224,7 @@ def start_judge(
     def opened() -> Judge:
         from ragate.judge import EngineJudge
 
-        return EngineJudge(loading.result(), named.title, session.beside(named.adapter))
+        return EngineJudge(loading.result(), named.title)
 
     return opened
 
@@ -314,8 +314,8 @@ def rescore(
     return run.model_copy(update={"target": stored.target})
 
 
-SHIPPED_MAP = "faithfulness-map.json"
-"""Beside the adapter of a judge: what `ragate judge calibrate` wrote of it."""
+SHIPPED_MAP = "faithfulness-judge-map.json"
+"""Beside the adapter of a judge: what `ragate judge calibrate` wrote of it, with statements of its own as in `eval`."""
 
 
 def load_soft(settings: Settings) -> SoftScores | None:
@@ -349,6 +349,7 @@ def known_accuracy(settings: Settings, run: Run) -> dict[str, float]:
     for calibration in (shipped_calibration(run.judge) if hard else None, load_known(settings)):
         if calibration is None or calibration.differences(run.fingerprint):
             continue
+        known.pop(calibration.metric, None)  # the later one knows better
         accuracy = (1 + (calibration.shown_hard if hard else calibration.shown_soft)) / 2
         if accuracy > 0.5:  # which guesses, and shows no drop
             known[calibration.metric] = accuracy

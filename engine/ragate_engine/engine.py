@@ -110,6 +110,11 @@ class Engine:
 
         return Grammars(self.tokenizer, self._runner.vocab_size)
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters beside the weights, which requests may name."""
+        return tuple(each.name for each in self._runner.adapters)
+
     @cached_property
     def max_len(self) -> int:
         """The longest sequence, prompt and answer together, in tokens."""

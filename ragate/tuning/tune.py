@@ -150,7 +150,7 @@ def card(model: str, folder: Path, source: Source, recipe: TuneRecipe, report: T
     return f"""# {folder.resolve().name}
 
 A LoRA adapter for {model} as a judge of RAG answers under ragas' prompts (ragate). It is worn with
-`--adapter {folder.name}`, or merged by anything that reads PEFT's layout.
+`--judge {model} --adapter {folder.name}`, or merged by anything that reads PEFT's layout.
 
 - Lessons: {source.describe()}. None of their text is in this folder.
 - {report.parameters:,} weights; {report.steps:,} steps over {report.tokens:,} tokens
@@ -167,7 +167,9 @@ A LoRA adapter for {model} as a judge of RAG answers under ragas' prompts (ragat
 ## Limits
 
 English; answers about passages as RAG systems retrieve them. How well it judges is not known from its loss: measure it
-on answers that people labelled, of the kind you have, with `ragate judge calibrate DATA.jsonl --adapter {folder.name}`.
+on answers that people labelled, of the kind you have:
+
+    ragate judge calibrate DATA.jsonl --judge {model} --adapter {folder.name}
 """
 
 

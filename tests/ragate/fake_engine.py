@@ -44,6 +44,7 @@ class FakeEngine:
         fail: Callable[[str], Exception | None] = lambda prompt: None,
     ) -> None:
         self.max_len = max_len
+        self.adapters: tuple[str, ...] = ()
         self.name = name
         self.tokenizer = FakeTokenizer()
         self.prompts: list[str] = []

@@ -351,7 +351,7 @@ def test_a_trained_judge_is_its_base_with_the_adapter_beside_the_code(name: str)
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
-        "faithfulness-map.json",
+        "faithfulness-judge-map.json",
         "learning-curve.svg",
     }
     card = (model.adapter / "README.md").read_text()

@@ -318,7 +318,8 @@ def test_an_adapter_beside_the_weights_is_asked_for_and_in_the_fingerprint() -> 
             return super().describe() | {"adapter": str(adapter)}
 
     with closing(Beside()) as engine:
-        judge = EngineJudge(engine, "tiny", "mine")  # type: ignore[arg-type]
+        engine.adapters = ("mine",)
+        judge = EngineJudge(engine, "tiny")  # type: ignore[arg-type]
         judge.generate(precision_prompt(), ContextPrecisionOutput)
     assert judge.describe()["adapter"] == "mine" and asked == ["mine"]
 

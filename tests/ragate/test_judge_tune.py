@@ -69,11 +69,10 @@ def test_lessons_become_an_adapter_that_a_judge_wears(tiny: Path) -> None:
 def test_packed_weights_have_an_adapter_beside_them(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[EngineConfig] = []
     monkeypatch.setattr(Engine, "load", lambda path, config, progress: loaded.append(config))
-    for weights, beside in (("packed", "mine"), ("auto", None)):
+    for weights in ("packed", "auto"):
         session.configure(EngineConfig(weights=weights))  # type: ignore[arg-type]
         monkeypatch.setattr(session, "_engines", {})
         session.open_engine(Path("tiny"), adapter=Path("mine"))
-        assert session.beside(Path("mine")) == beside and session.beside(None) is None
     packed, dense = loaded
     assert (packed.merge_adapter, packed.adapters) == (None, (Path("mine"),))
     assert (dense.merge_adapter, dense.adapters) == (Path("mine"), ())
@@ -126,4 +125,4 @@ def test_the_card_names_what_is_not_known(tmp_path: Path) -> None:
     report = TuneReport(tmp_path, 10, 0.5, None, 100, 2000, 1000, 3.0, None)
     text = card("base", tmp_path / "mine", Source(tmp_path, None, 40_000, 7), TuneRecipe(), report)
     assert text.startswith("# mine\n") and "40,000 lessons, seed 7" in text and "not looked at" in text
-    assert "calibrate DATA.jsonl --adapter mine" in text
+    assert "calibrate DATA.jsonl --judge base --adapter mine" in text

@@ -54,10 +54,10 @@ def calibration(fingerprint: dict[str, str], metric: str = "faithfulness") -> Ca
     )
 
 
-def run_of(folder: Path, soft: SoftScores | None, engine: FakeEngine | None = None) -> Run:
+def run_of(folder: Path, soft: SoftScores | None, engine: FakeEngine | None = None, count: int = 4) -> Run:
     items = tuple(
         Item(id=f"q{i}", question=f"Q{i}?", reference="R.", answer="A.", contexts=(f"one {i}", "two"))
-        for i in range(4)
+        for i in range(count)
     )
     testset = TestSet(name="suite", source="suite.jsonl", items=items, hash="abc")
     with Journal.open(folder / "journal.jsonl") as journal, closing(engine or FakeEngine()) as own:
@@ -148,8 +148,9 @@ def test_soft_relevance_is_the_similarity_as_far_as_the_answer_is_committal() ->
 
 
 def test_a_judge_without_probabilities_has_no_soft_scores(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="take hard"):
-        run_of(tmp_path, SoftScores(), Silent())
+    for count in (4, 1):  # of 16 scores the first 8 tell, of 4 all
+        with pytest.raises(ConfigError, match="take hard"):
+            run_of(tmp_path / str(count), SoftScores(), Silent(), count)
 
 
 def test_an_item_without_probabilities_costs_its_scores_and_no_more(tmp_path: Path) -> None:
@@ -243,8 +244,13 @@ def test_a_calibration_of_contexts_leaves_what_ships_of_answers(tmp_path: Path) 
     save_calibration(calibration(contexts, "context_precision"), tmp_path / "map.json")
     metrics = ("faithfulness", "context_precision")
     run = Run.model_construct(judge=shipped.judge, metrics=metrics, fingerprint=both)
-    known = known_accuracy(Settings(calibration=str(tmp_path / "map.json")), run)
+    settings = Settings(calibration=str(tmp_path / "map.json"))
+    known = known_accuracy(settings, run)
     assert known == {"faithfulness": (1 + shipped.shown_hard) / 2, "context_precision": 0.75}
+    # but one of answers, of the user's own, goes before it: here the judge guesses
+    own = calibration(shipped.fingerprint).model_copy(update={"shown_hard": -0.02})
+    save_calibration(own, tmp_path / "map.json")
+    assert known_accuracy(settings, run) == {}
 
 
 def test_a_calibration_of_another_judge_is_not_passed_over_in_silence(tmp_path: Path) -> None:
