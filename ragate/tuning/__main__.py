@@ -42,10 +42,9 @@ PART = 10_000
 @click.option(
     "--tokens",
     nargs=2,
-    type=click.Path(path_type=Path),
     multiple=True,
     metavar="MODEL PREFIX",
-    help="Write token ids for a model's tokenizer: PREFIX-00.npz, PREFIX-01.npz, ...",
+    help="Write token ids for the tokenizer of a model, a name of the catalogue or a path: PREFIX-00.npz, ...",
 )
 def main(
     data: Path,
@@ -55,12 +54,15 @@ def main(
     halueval: Path | None,
     mix: bool,
     out: Path | None,
-    tokens: tuple[tuple[Path, Path], ...],
+    tokens: tuple[tuple[str, str], ...],
 ) -> None:
     """Make lessons for a judge from the labelled data in the folder DATA."""
     try:
+        from ragate import catalog
         from ragate.tuning.recipe import build
 
+        # making lessons takes minutes: a mistyped model is to be found out before
+        models = [(catalog.resolve_judge(model, "cpu").path, Path(prefix)) for model, prefix in tokens]
         made = build(seed, size, data, halueval=halueval, held_out=held_out)
         click.echo(f"{len(made):,} lessons: " + _counts(Counter(lesson.call for lesson in made)))
         if mix:
@@ -70,7 +72,7 @@ def main(
 
             save_lessons(made, out)
             click.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
-        for model, prefix in tokens:
+        for model, prefix in models:
             _write_tokens(made, model, prefix)
     except (RagateError, EngineError) as e:
         raise click.ClickException(str(e)) from None
