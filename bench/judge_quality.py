@@ -1,7 +1,8 @@
 """How far judges can be believed: held against human labels through ragas' own prompts and schemas, one table for all.
 
 Sets (from --data): `ragtruth` (RAGTruth QA dev, faithfulness of answers), `wice` (WiCE dev, relevance of up to 12
-sentences a claim), `begin` (BEGIN dev, attribution: a sanity set that word overlap nearly solves).
+sentences a claim), `ragbench` (RAGBench's questions that lessons leave out, relevance of passages as GPT-4 labelled
+it), `begin` (BEGIN dev, attribution: a sanity set that word overlap nearly solves).
 
 On `ragtruth` the gate is tried too: each generator's answers as the baseline of each other's (bench/judge_pairs.py).
 
@@ -41,6 +42,7 @@ DATA = ROOT.parent / "shared" / "data"
 SETS: dict[str, tuple[str, Subject, int | None]] = {
     "ragtruth": ("ragtruth_qa_dev.jsonl", "faithfulness", None),
     "wice": ("wice_dev.jsonl", "relevance", None),
+    "ragbench": ("ragbench_validation.jsonl", "relevance", None),
     "begin": ("begin_dev.jsonl", "faithfulness", 400),
 }
 """Name -> (file, what is labelled, items taken)."""
@@ -120,8 +122,23 @@ def items_of(name: str, options: argparse.Namespace) -> list[Labelled]:
 
     file, subject, count = SETS[name]
     items, _ = load_labelled(options.data / file, subject)
+    if name == "ragbench":
+        items = _left_out(items, options.data / file)
     items = spread(items, count if options.items is None else options.items)
-    return [_thinned(item) for item in items] if subject == "relevance" else items
+    return [_thinned(item) for item in items] if name == "wice" else items
+
+
+def _left_out(items: Sequence[Labelled], path: Path) -> list[Labelled]:
+    """The items whose questions no lesson is of, those of one question as one source."""
+    from ragate.tuning.recipe import is_held_out
+    from ragate.tuning.sources import cluster_of
+
+    clusters = {row["id"]: cluster_of(row) for row in read_rows(path)}
+    return [
+        dataclasses.replace(item, cluster=clusters[item.id])
+        for item in items
+        if is_held_out(clusters[item.id])
+    ]
 
 
 def _thinned(item: Labelled) -> Labelled:

@@ -269,7 +269,7 @@ _FOUND = (
 )
 
 
-def _trained(name: str, base: str, accuracy: str, limits: str, *, proven: bool) -> Model:
+def _trained(name: str, base: str, accuracy: str, limits: str | None, *, proven: bool) -> Model:
     """A judge that is `base` with the adapter of its own name."""
     model = next(model for model in _FOUND if model.name == base)
     title = f"{model.title}, trained as a judge"
@@ -280,14 +280,14 @@ _MODELS = (
     _trained(
         "qwen-0.5b-judge",
         "qwen-0.5b",
-        "balanced accuracy 0.77, AUROC 0.86 on RAGTruth-QA dev (word overlap: 0.72, 0.79)",
-        "of contexts it knows no more than word overlap does",
+        "AUROC 0.89 of answers on RAGTruth-QA dev, 0.86 of contexts on RAGBench (word overlap: 0.79, 0.79)",
+        None,
         proven=True,
     ),
     _trained(
         "smollm2-judge",
         "smollm2-135m",
-        "balanced accuracy 0.74, AUROC 0.84 on RAGTruth-QA dev (word overlap: 0.72, 0.79)",
+        "AUROC 0.85 of answers on RAGTruth-QA dev (word overlap: 0.79), in sentences that are cut for it",
         "it cannot judge contexts",
         proven=False,
     ),

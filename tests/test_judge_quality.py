@@ -20,6 +20,8 @@ from bench import judge_quality
 from bench.judge_pairs import pairs_of, summary
 from bench.judge_quality import engine_config, main, read_rows
 from ragate.judging.asks import Row
+from ragate.tuning.recipe import is_held_out
+from ragate.tuning.sources import cluster_of
 
 
 class LoadedEngine(FakeEngine):
@@ -60,8 +62,25 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         }
         for i in range(4)
     ]
-    for name, rows in (("ragtruth_qa", answers), ("begin", answers), ("wice", claims)):
-        (tmp_path / f"{name}_dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    passages = [
+        {
+            "id": f"r{i}",
+            "dataset": "d",
+            "question": f"What is {i}?",
+            "contexts": [f"{i} is one.", "two"],
+            "answer": f"{i} is one.",
+            "context_relevant": [1, 0],
+        }
+        for i in range(150)
+    ]
+    files = {
+        "ragtruth_qa_dev": answers,
+        "begin_dev": answers,
+        "wice_dev": claims,
+        "ragbench_validation": passages,
+    }
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for judge in ("one.gguf", "two.gguf"):
         (tmp_path / judge).touch()
     return tmp_path
@@ -94,7 +113,12 @@ def test_the_way_over_files_gives_the_figures_of_the_way_without(
     shown = capsys.readouterr().out
     assert shown.count("ragtruth  word overlap") == 1  # a floor is said once
     found = figures(result)["one"]
-    assert {name: found[name]["items"] for name in found} == {"ragtruth": 24, "wice": 48, "begin": 24}
+    left_out = [
+        i for i in range(150) if is_held_out(cluster_of({"dataset": "d", "question": f"What is {i}?"}))
+    ]
+    assert 2 <= len(left_out) <= 15
+    items = {"ragtruth": 24, "wice": 48, "ragbench": 2 * len(left_out), "begin": 24}
+    assert {name: found[name]["items"] for name in found} == items
     assert found["wice"]["positive"] == 8
     assert figures(result)["two"]["ragtruth"]["scores"] != found["ragtruth"]["scores"]
 

@@ -131,7 +131,7 @@ def _ragbench(rows: Iterable[dict[str, Any]], rng: random.Random) -> Iterator[Ca
             ]
         yield Case(
             source=row["dataset"],
-            cluster=f"{row['dataset']}:{_key(row['question'])}",
+            cluster=cluster_of(row),
             question=row["question"].strip(),
             passages=passages,
             supported=() if evasive else tuple(right),
@@ -140,6 +140,11 @@ def _ragbench(rows: Iterable[dict[str, Any]], rng: random.Random) -> Iterator[Ca
             answer=answer,
             evasive=evasive,
         )
+
+
+def cluster_of(row: dict[str, Any]) -> str:
+    """What rows of RAGBench with one question have in common."""
+    return f"{row['dataset']}:{_key(row['question'])}"
 
 
 def _summaries(rows: Iterable[dict[str, Any]], rng: random.Random) -> Iterator[Case]:
