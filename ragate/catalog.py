@@ -426,10 +426,10 @@ def _choice(model: Model, path: Path) -> JudgeChoice:
 
 
 def _note(model: Model) -> str | None:
+    if model.proven:
+        return None
     known = f"{model.accuracy}; {model.limits}" if model.limits else model.accuracy
-    if not model.proven:
-        return f"The judge {model.name} is unproven: {known}."
-    return f"The judge {model.name} has {known}." if model.limits else None
+    return f"The judge {model.name} is unproven: {known}."
 
 
 def _judges() -> list[str]:
