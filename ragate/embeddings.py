@@ -45,13 +45,16 @@ class MiniLM(BaseRagasEmbedding):  # type: ignore[misc]
         self.seconds = 0.0
         """Time spent computing."""
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self._model = AutoModel.from_pretrained(
+        # in the file's type, made float64 after: transformers sets torch's default type for the whole process meanwhile,
+        # and the judge is being loaded beside it
+        model = AutoModel.from_pretrained(
             folder,
-            dtype=torch.float64,
+            dtype=torch.float32,
             attn_implementation="eager",
             local_files_only=True,
             use_safetensors=True,
-        ).eval()
+        )
+        self._model = model.double().eval()
         self._vectors: dict[str, list[float]] = {}
         self._worker = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="ragate-embed", initializer=torch.set_num_threads, initargs=(1,)

@@ -100,7 +100,7 @@ def hash_triton() -> None:
 
 def _touch(device: torch.device) -> None:
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError):
         return  # who uses the card next hears of it in the main thread
 

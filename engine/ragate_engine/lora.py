@@ -357,8 +357,8 @@ def stacked(
     if not changed:
         return None
     width = len(slot_of_columns(adapters))
-    a = torch.zeros(len(changed) * width, shapes[weights[0]][1])
-    b = torch.zeros(sum(shapes[name][0] for name in weights), len(changed) * width)
+    a = torch.zeros(len(changed) * width, shapes[weights[0]][1], dtype=torch.float32)
+    b = torch.zeros(sum(shapes[name][0] for name in weights), len(changed) * width, dtype=torch.float32)
     row = 0
     for name in weights:
         rows = slice(row, row + shapes[name][0])

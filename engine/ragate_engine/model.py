@@ -175,7 +175,7 @@ class Decoder:
             delta = layer(h, delta, step, cache, own)
         assert delta is not None
         if not len(step.wanted):  # a chunk in the middle of a prompt
-            return torch.empty(0, self.config.vocab_size, device=h.device)
+            return torch.empty(0, self.config.vocab_size, dtype=torch.float32, device=h.device)
         last = self.kernels.last_norm(h, delta, self.final_norm, self.config.norm_eps, step)
         logits = self.head(last, step.wanted_rows, wide=True, out=out)
         cap = self.config.logit_soft_cap

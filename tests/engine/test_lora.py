@@ -263,6 +263,27 @@ def test_the_base_beside_adapters_keeps_the_bits_it_has_without(kernels: str, fo
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_what_others_make_torchs_default_type_changes_no_bit(
+    kernels: str, dtype: torch.dtype, folders: list[Path]
+) -> None:
+    # transformers sets it for the whole process while it loads a model, whoever loads or judges beside it
+    def found() -> list[Any]:
+        requests = [request for request in asked() if request[2] in (None, "some")]
+        with serve([], merge_adapter=folders[0], kernels=kernels) as merged:
+            alone = bits(answers(merged, [request for request in requests if request[2] is None]))
+        with serve(folders, kernels=kernels) as beside:
+            return [alone, bits(answers(beside, requests))]
+
+    usual = found()
+    torch.set_default_dtype(dtype)
+    try:
+        assert found() == usual
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_name_that_no_adapter_has_is_refused_with_those_there_are(folders: list[Path]) -> None:
     with serve(folders) as engine:
         with pytest.raises(

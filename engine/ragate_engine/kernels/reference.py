@@ -105,7 +105,7 @@ def make_kv(blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype, devic
     k, v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
     if dtype.itemsize > 1:
         return LayerKV(k, v)
-    ones = torch.ones(kv_heads, device=device)
+    ones = torch.ones(kv_heads, dtype=torch.float32, device=device)
     return LayerKV(k, v, ones, ones.clone())
 
 
@@ -175,9 +175,9 @@ def attention(
         q = F.pad(q_all[start:stop], (0, 0, 0, 0, 0, QUERY_TOKENS - n)).float() * scale
         q = q.view(QUERY_TOKENS, shape.kv_heads, group, shape.head_dim).permute(1, 2, 0, 3).flatten(1, 2)
         table = step.tables[row_table[start]].long()
-        acc = torch.zeros(*q.shape, device=q.device)
-        top = torch.full((*q.shape[:2], 1), -1e30, device=q.device)
-        total = torch.zeros(*q.shape[:2], 1, device=q.device)
+        acc = torch.zeros(*q.shape, dtype=q.dtype, device=q.device)
+        top = torch.full((*q.shape[:2], 1), -1e30, dtype=q.dtype, device=q.device)
+        total = torch.zeros(*q.shape[:2], 1, dtype=q.dtype, device=q.device)
         for first in range(0, int(positions.max()) + 1, CHUNK):
             blocks = table[first // BLOCK_SIZE : (first + CHUNK) // BLOCK_SIZE]
             blocks = F.pad(blocks, (0, CHUNK // BLOCK_SIZE - len(blocks)))

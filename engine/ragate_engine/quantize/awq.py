@@ -195,7 +195,9 @@ def find_scales(linears: Sequence[Rows], group: int, shape: tuple[int, int, int]
             for weight, power, costs in linears
         ]
         size = linears[0].power.view(shape)
-        log = torch.zeros(size.shape[0], 1, size.shape[2], device=size.device, requires_grad=True)
+        log = torch.zeros(
+            size.shape[0], 1, size.shape[2], dtype=torch.float32, device=size.device, requires_grad=True
+        )
         descent = torch.optim.Adam([log], lr=RATE)
         best, least = torch.zeros_like(size), torch.inf
         for step in range(STEPS):

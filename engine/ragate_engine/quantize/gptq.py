@@ -27,7 +27,7 @@ class Hessian:
     """Of the squared error of a linear's outputs, over its inputs: 2 X^T X / n, float32 [in, in]."""
 
     def __init__(self, width: int, device: torch.device) -> None:
-        self.total = torch.zeros(width, width, device=device)
+        self.total = torch.zeros(width, width, dtype=torch.float32, device=device)
         self.count = 0
 
     def add(self, x: torch.Tensor) -> None:

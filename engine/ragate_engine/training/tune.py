@@ -91,7 +91,9 @@ class _Run:
         if before is not None:
             self.done = before.step
             self.optimizer.state[self.vector] = {
-                "step": torch.tensor(float(before.step), device=device if device.type == "cuda" else None),
+                "step": torch.tensor(
+                    float(before.step), dtype=torch.float32, device=device if device.type == "cuda" else None
+                ),
                 "exp_avg": before.mean.to(device),
                 "exp_avg_sq": before.square.to(device),
             }

@@ -50,7 +50,7 @@ class Vector:
     def initial(self, seed: int) -> torch.Tensor:
         """A as PEFT draws it, kaiming uniform with a = sqrt(5), which is within 1 / sqrt(in); B zero."""
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.zeros(sum(self.sizes))
+        drawn = torch.zeros(sum(self.sizes), dtype=torch.float32)
         for layer in self._split(drawn):
             for pairs in layer.values():
                 if pairs.a is not None:

@@ -336,7 +336,7 @@ def _llama3_rope(file: GGUFFile, meta: Fields, theta: float, head_dim: int) -> R
     _require_readable(file, info)
     found = stored(file, info)()
     original = meta.get("rope.scaling.original_context_length", int) or 8192
-    plain = found.float() if isinstance(found, torch.Tensor) else torch.empty(0)
+    plain = found.float() if isinstance(found, torch.Tensor) else torch.empty(0, dtype=torch.float32)
     if plain.shape == (head_dim // 2,) and bool((plain >= 1).all()):
         rope = RopeConfig(theta, "llama3", float(plain.max()), 1.0, 4.0, original)
         if np.allclose(plain.numpy(), divisors(rope, head_dim), rtol=1e-3):

@@ -100,7 +100,8 @@ def _call(name: str, *arguments: object) -> None:
 def _ptr(tensor: torch.Tensor | None) -> c_void_p:
     if tensor is None:
         return c_void_p(None)
-    assert tensor.is_contiguous()
+    # every type here has four bytes: a tensor of torch's default type, which others may set, has no place
+    assert tensor.is_contiguous() and tensor.element_size() == 4
     return c_void_p(tensor.data_ptr())
 
 
@@ -129,7 +130,7 @@ def linear(
 ) -> torch.Tensor:
     """y [M, out] = x [M, in] W^T + bias; always float32, so `wide` changes nothing."""
     height, in_features = x.shape
-    y = torch.empty(height, packed.out_features)
+    y = torch.empty(height, packed.out_features, dtype=torch.float32)
     _call("rg_linear", _ptr(x), _ptr(packed.panels), _ptr(bias), _ptr(y), c_long(height), c_long(in_features),
           c_long(packed.out_features))  # fmt: skip
     return y
@@ -246,7 +247,7 @@ def attention(
     soft_cap: float | None,
 ) -> torch.Tensor:
     """Causal attention of each row over its own blocks: [M, heads * head_dim]; head_dim a multiple of 16."""
-    out = torch.empty(qkv.shape[0], shape.heads * shape.head_dim)
+    out = torch.empty(qkv.shape[0], shape.heads * shape.head_dim, dtype=torch.float32)
     _call("rg_attention", _ptr(qkv), _ptr(kv.k), _ptr(kv.v), _ptr(out), _ptr(step.positions),
           _ptr(step.row_table), _ptr(step.tables), _ptr(step.work), c_long(step.work.shape[0]),
           c_long(step.tables.shape[1]), c_long(shape.heads), c_long(shape.kv_heads), c_long(shape.head_dim),
@@ -261,7 +262,7 @@ def act_mul(
     rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [M, 2F] is gate | up; returns act(gate) * up [M, F]; float32, as all here."""
-    y = torch.empty(x.shape[0], x.shape[1] // 2)
+    y = torch.empty(x.shape[0], x.shape[1] // 2, dtype=torch.float32)
     _call("rg_act_mul", _ptr(x), _ptr(y), c_long(x.shape[0]), c_long(y.shape[1]), c_int(activation != "silu"))
     return y
 
@@ -269,7 +270,7 @@ def act_mul(
 def pick(logits: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """logits [M, V], mask [M, ceil(V / 32)] int32 bits: (ids [M], log-sum-exp over all tokens [M])."""
     rows, vocabulary = logits.shape
-    ids, lse = torch.empty(rows, dtype=torch.int32), torch.empty(rows)
+    ids, lse = torch.empty(rows, dtype=torch.int32), torch.empty(rows, dtype=torch.float32)
     _call("rg_pick", _ptr(logits), _ptr(mask), _ptr(ids), _ptr(lse), c_long(rows), c_long(vocabulary),
           c_long(mask.shape[1]))  # fmt: skip
     return ids, lse
@@ -278,7 +279,8 @@ def pick(logits: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.
 def likeliest(logits: torch.Tensor, mask: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` likeliest allowed tokens, best first: ids (-1 where fewer) and logits, [M, count] each."""
     rows, vocabulary = logits.shape
-    ids, values = torch.empty(rows, count, dtype=torch.int32), torch.empty(rows, count)
+    ids = torch.empty(rows, count, dtype=torch.int32)
+    values = torch.empty(rows, count, dtype=torch.float32)
     _call("rg_likeliest", _ptr(logits), _ptr(mask), _ptr(ids), _ptr(values), c_long(rows), c_long(vocabulary),
           c_long(mask.shape[1]), c_long(count))  # fmt: skip
     return ids, values

@@ -163,7 +163,7 @@ def _jobs(
     rest: dict[object, Job] = {}
     q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     hidden, inner = model.hidden_size, model.intermediate_size
-    cos = torch.empty(1, model.head_dim, device=card)
+    cos = torch.empty(1, model.head_dim, dtype=torch.float32, device=card)
     scale = model.attn_scale if model.attn_scale is not None else model.head_dim**-0.5
     cache = make_kv(1, model.num_kv_heads, model.head_dim, kv_dtype, card)
     for layer in {model.window_of(i) is None: i for i in range(model.num_layers)}.values():
@@ -174,7 +174,7 @@ def _jobs(
             qkv = fake(dtype, bucket, q + 2 * kv)
             zeros = torch.zeros(bucket, dtype=torch.int32, device=card)
             for kinds in ((True, False, False), (False, True, False), (False, False, True)):
-                work = Work(plan, zeros, torch.empty(1, device=card), *kinds)
+                work = Work(plan, zeros, torch.empty(1, dtype=torch.float32, device=card), *kinds)
                 step = StepInputs(zeros, zeros, zeros, plan, work, zeros, none, none_wanted, none)
                 jobs = first if bucket <= FIRST_BUCKET else rest
                 jobs[("attention", window is None, bucket, kinds)] = partial(

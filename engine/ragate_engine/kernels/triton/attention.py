@@ -48,7 +48,7 @@ def make_kv(blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype, devic
     k, v = (torch.empty(blocks, kv_heads, BLOCK_SIZE, head_dim, dtype=dtype, device=device) for _ in range(2))
     if dtype.itemsize > 1:
         return LayerKV(k, v)
-    ones = torch.ones(kv_heads, device=device)
+    ones = torch.ones(kv_heads, dtype=torch.float32, device=device)
     return LayerKV(k, v, ones, ones.clone())
 
 

@@ -43,7 +43,7 @@ def choose(
     out[:real, 1], out[:real, 2] = values[:, 0].view(torch.int32), lse.view(torch.int32)
     kept = min(top, logits.shape[1])
     out[:real, HEADER : HEADER + top] = -1
-    out[:real, HEADER + top :] = torch.tensor(float("-inf")).view(torch.int32)
+    out[:real, HEADER + top :] = torch.tensor(float("-inf"), dtype=torch.float32).view(torch.int32)
     out[:real, HEADER : HEADER + kept] = ids[:, :kept]
     out[:real, HEADER + top : HEADER + top + kept] = values[:, :kept].contiguous().view(torch.int32)
     _to_pool(rows, out[:real], sampled)
