@@ -45,7 +45,7 @@ class MiniLM(BaseRagasEmbedding):  # type: ignore[misc]
         self.seconds = 0.0
         """Time spent computing."""
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        # in the file's type, made float64 after: transformers sets torch's default type for the whole process meanwhile,
+        # in torch's default type, made float64 after: transformers makes it the default of the whole process meanwhile,
         # and the judge is being loaded beside it
         model = AutoModel.from_pretrained(
             folder,
