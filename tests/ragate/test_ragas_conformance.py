@@ -242,3 +242,15 @@ def test_an_embedding_depends_on_its_text_alone_and_has_length_one() -> None:
     assert cosine(together[0], together[1]) > 0.7 > 0.3 > cosine(together[0], together[2])
     model.close()
     other.close()
+
+
+@pytest.mark.slow
+def test_loading_the_embeddings_leaves_torchs_default_type_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from ragate.embeddings import MiniLM
+
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr(torch, "set_default_dtype", asked.append)  # a judge may be loading in another thread
+    MiniLM().close()
+    assert set(asked) <= {torch.float32}
