@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The demo pipeline, good and made worse, through the gate: PASS unchanged, FAIL with k = 1 and a bad prompt, INVALID by
-# another judge. usage: bench/demo_gate.sh [JUDGE] [ITEMS]    (MINUTES minutes with qwen-0.5b-judge on 2 cores)
+# another judge. usage: bench/demo_gate.sh [JUDGE] [ITEMS]    (24 minutes with qwen-0.5b-judge on 2 shared cores)
 set -u
 judge=${1:-qwen-0.5b-judge}
 items=${2:-20}
