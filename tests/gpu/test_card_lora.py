@@ -116,6 +116,19 @@ def test_an_adapter_beside_the_base_answers_nearly_as_it_does_merged(folders: li
         assert logprob == pytest.approx(merged, abs=0.15), folder.name
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_what_others_make_torchs_default_type_changes_no_bit(base: str, folders: list[Path]) -> None:
+    requests = [request for request in asked() if request[2] in (None, "some")]
+    with serve(base, folders) as engine:
+        expected = bits(answers(engine, requests))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with serve(base, folders) as engine:
+            assert bits(answers(engine, requests)) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_steps_with_adapters_launch_no_linear_kernel_that_was_not_compiled_ahead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
