@@ -164,6 +164,9 @@ def _truth(quantization: str, rows: list[dict[str, Any]]) -> str:
     """What the reference's own weights mean for the figures."""
     if quantization.lower() in ("bfloat16", "float16", "float32", "bf16", "f16", "f32"):
         return f"The reference has its weights in {quantization}."
+    if " + " in quantization:
+        base, adapter = quantization.split(" + ")
+        return f"The reference is a {base} file, unpacked, with the adapter {adapter} added to it in float32."
     own = [row["name"] for row in rows if _is_own(row, quantization)]
     copied = f" {', '.join(own)} is that very format: its bytes are mostly copied." if own else ""
     return (
