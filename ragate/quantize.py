@@ -39,10 +39,11 @@ def quantize(
     desc_act: bool,
     text: Path | None,
     mix: str,
+    adapter: str | None,
 ) -> None:
     """Quantize the model `source`, a catalogue name or a path, into `folder`; called again it resumes.
 
-    An adapter that it wears, its own or that of `settings`, is added first.
+    The `adapter`, or else the one that it wears by itself, is added first; that of `settings` is their judge's.
 
     By the method `gguf` it becomes a file, `folder`, of the `mix`, whole or not at all. By others it is calibrated on
     the file `text`, else on the prompts for the test set of `settings`. Raises RagateError and the engine's errors.
@@ -54,10 +55,9 @@ def quantize(
     choice = catalog.resolve_judge(
         source, settings.device, progress=lambda done, total: say("fetching the model", done, total)
     )
-    adapter = settings.adapter or choice.adapter
     checkpoint = open_checkpoint(choice.path)
-    if adapter is not None:
-        checkpoint = merge_adapter(checkpoint, adapter)
+    if worn := adapter or choice.adapter:
+        checkpoint = merge_adapter(checkpoint, worn)
     if method == "gguf":
         write_gguf(checkpoint, folder, mix, lambda done, total: say("writing", done, total), settings.device)
         return

@@ -126,7 +126,7 @@ def _string(limit: int) -> _Part:
 
 
 def _constant(text: str) -> _Part:
-    length = len(json.dumps(text))  # the longest spelling: what is not ASCII as \uXXXX
+    length = len(json.dumps(text))  # the longest spelling: what is not ASCII as an escape
     return _Part({"const": text}, length, length)
 
 

@@ -63,3 +63,12 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
     code = "import sys, ragate.cli, ragate.suite, ragate.gate.verdict; print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not HEAVY & set(out.stdout.split())
+
+
+def test_every_tensor_that_the_engine_makes_has_a_type_of_its_own() -> None:
+    # torch's default type is the whole process's: whoever loads a model beside the engine may set it
+    makers = {"empty", "zeros", "ones", "full", "rand", "randn", "eye", "linspace"}
+    for path in (ROOT / "engine" / "ragate_engine").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in makers}:
+                assert "dtype" in {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}"

@@ -7,10 +7,10 @@ claim calls them all made up.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 
 from ragate.tuning.edits import names_in
+from ragate.tuning.fillers import Subject, filler
 from ragate.tuning.text import content_words, words_of
 
 _THEIRS = "the |the given |the provided |the available |these |your "
@@ -46,14 +46,13 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
     "about": ("about", "on", "regarding"),
 }
 """Symbol -> its wordings, with other symbols in braces; `topic` is filled in."""
-_SLOT = re.compile(r"\{([a-z]+)\}")
 MISSING = 0.55
 """Share of the claims of absence that hold."""
 
 
 def refusal(rng: random.Random) -> str:
     """A sentence that says that the question cannot be answered, and nothing else."""
-    return _expanded("refusal", "", rng)
+    return filler("refusal", Subject("", "", ()), rng, GRAMMAR)
 
 
 def absence(passages: Sequence[str], others: Sequence[str], rng: random.Random) -> tuple[str, int] | None:
@@ -65,12 +64,6 @@ def absence(passages: Sequence[str], others: Sequence[str], rng: random.Random) 
     known = words_of(passages)
     names = dict.fromkeys(names_in(" ".join(others if missing else passages)))
     fit = [name for name in names if (words := content_words(name)) and known.isdisjoint(words) == missing]
-    return (_expanded("absence", rng.choice(fit), rng), int(missing)) if fit else None
-
-
-def _expanded(symbol: str, topic: str, rng: random.Random) -> str:
-    text = rng.choice(GRAMMAR[symbol])
-    while slot := _SLOT.search(text):
-        put = topic if slot[1] == "topic" else rng.choice(GRAMMAR[slot[1]])
-        text = text[: slot.start()] + put + text[slot.end() :]
-    return text[:1].upper() + text[1:]
+    if not fit:
+        return None
+    return filler("absence", Subject(rng.choice(fit), "", ()), rng, GRAMMAR), int(missing)

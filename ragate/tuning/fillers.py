@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ragate.tuning.text import content_words, has
@@ -504,14 +504,16 @@ def subject_of(question: str, passages: Sequence[str]) -> Subject:
     )
 
 
-def filler(kind: str, subject: Subject, rng: random.Random) -> str:
-    """A sentence of a kind of KINDS, or an `addition` to one, about the subject."""
-    text = _SLOT.sub(lambda slot: _expand(slot[1], subject, rng), rng.choice(GRAMMAR[kind]))
+def filler(
+    kind: str, subject: Subject, rng: random.Random, grammar: Mapping[str, Sequence[str]] = GRAMMAR
+) -> str:
+    """A sentence of a kind of KINDS, or an `addition` to one, about the subject; or a symbol of another grammar."""
+    text = _expand(kind, subject, rng, grammar)
     text = re.sub(r"\ba(?= [aeiou])", "an", text)
     return text if kind == "addition" else text[:1].upper() + text[1:]
 
 
-def _expand(symbol: str, subject: Subject, rng: random.Random) -> str:
+def _expand(symbol: str, subject: Subject, rng: random.Random, grammar: Mapping[str, Sequence[str]]) -> str:
     if symbol in ("thing", "other"):
         return rng.choice(subject.things)
     if symbol == "things":
@@ -519,7 +521,7 @@ def _expand(symbol: str, subject: Subject, rng: random.Random) -> str:
         return thing if thing.endswith("s") else f"{thing}s"
     if symbol in ("topic", "goal"):
         return subject.topic if symbol == "topic" else subject.goal
-    return _SLOT.sub(lambda slot: _expand(slot[1], subject, rng), rng.choice(GRAMMAR[symbol]))
+    return _SLOT.sub(lambda slot: _expand(slot[1], subject, rng, grammar), rng.choice(grammar[symbol]))
 
 
 def _runs(question: str) -> list[str]:

@@ -65,7 +65,7 @@ def tune(
     choice = catalog.resolve_judge(
         model, device, progress=lambda done, total: say("fetching the model", done, total)
     )
-    base = str(choice.path) if choice.name is None else catalog.find(choice.name).base or choice.name
+    base = choice.base or str(choice.path)
     checkpoint = open_checkpoint(choice.path)
     examples, held_out = _examples(source, checkpoint, say)
     folder.mkdir(parents=True, exist_ok=True)
