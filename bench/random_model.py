@@ -170,7 +170,8 @@ def draw_codes(
     middle = 1 << bits - 1
     codes = torch.randint(0, 2 * middle, shape, generator=generator, dtype=torch.uint8, device=device)
     # uniform codes have a deviation of 2 ** bits / sqrt(12)
-    scales = torch.rand((shape[0], shape[1] // group), generator=generator, device=device) * 0.4 + 0.8
+    drawn = torch.rand((shape[0], shape[1] // group), generator=generator, dtype=torch.float32, device=device)
+    scales = drawn * 0.4 + 0.8
     scales *= shape[1] ** -0.5 * 12**0.5 / (2 * middle)
     if beside == "nothing":
         signed = (codes.to(torch.int16) - middle).to(torch.int8)
@@ -197,8 +198,9 @@ def random_adapter(
     pairs = {}
     for weight in (f"layers.{layer}.{leaf}" for layer in range(config.num_layers) for leaf in leaves):
         outer, inner = shapes[weight]
-        a = torch.randn(rank, inner, generator=generator) * inner**-0.5
-        pairs[weight] = Pair(a, torch.randn(outer, rank, generator=generator) * (0.3 / scale / rank**0.5))
+        a = torch.randn(rank, inner, generator=generator, dtype=torch.float32) * inner**-0.5
+        b = torch.randn(outer, rank, generator=generator, dtype=torch.float32) * (0.3 / scale / rank**0.5)
+        pairs[weight] = Pair(a, b)
     return Adapter(name, rank, scale, pairs)
 
 
@@ -218,7 +220,8 @@ def write_safetensors(config: ModelConfig, folder: Path, shard_bytes: int = SHAR
         shards[-1][_hf_name(name)] = shape
         filled += size
         total += size
-    values = torch.randn(min(1 << 25, total), generator=torch.Generator().manual_seed(0)) * 0.02
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(min(1 << 25, total), generator=generator, dtype=torch.float32) * 0.02
     weights = _bytes(values)
     index: dict[str, str] = {}
     for i, shard in enumerate(shards):
