@@ -197,7 +197,7 @@ def answers_of(judge: str, prompts: Rows, options: argparse.Namespace) -> Rows:
     if not path.exists():
         from ragate.catalog import resolve_judge
 
-        choice = resolve_judge(judge, options.device)
+        choice = resolve_judge(judge)
         path, adapter = choice.path, adapter or choice.adapter
     config = engine_config(options, adapter)
     worn = {"adapter": adapter.name} if adapter and options.beside else {}

@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _measured(
     args: argparse.Namespace, formats: Sequence[Format], configs: Sequence[EngineConfig]
 ) -> dict[str, Any]:
-    choice = resolve_judge(args.reference, args.device)
+    choice = resolve_judge(args.reference)
     reference = open_checkpoint(choice.path)
     if choice.adapter is not None:  # what it costs to quantize again what an adapter was added to
         reference = merge_adapter(reference, choice.adapter)

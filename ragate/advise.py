@@ -155,7 +155,7 @@ def advise(model: str, device: str = "auto", context: int | None = None) -> Advi
     from ragate import catalog
     from ragate_engine.weights import open_checkpoint
 
-    checkpoint = open_checkpoint(catalog.resolve_judge(model, device, pull=False).path)
+    checkpoint = open_checkpoint(catalog.resolve_judge(model, pull=False).path)
     longest = checkpoint.config.max_len
     if context is not None and not 1 <= context <= longest:
         raise ConfigError(f"{model} reads 1 to {longest:,} tokens and --context is {context:,}: ask for less")

@@ -53,7 +53,7 @@ def quantize(
     from ragate_engine import merge_adapter, open_checkpoint, quantize_model, write_gguf
 
     choice = catalog.resolve_judge(
-        source, settings.device, progress=lambda done, total: say("fetching the model", done, total)
+        source, progress=lambda done, total: say("fetching the model", done, total)
     )
     checkpoint = open_checkpoint(choice.path)
     if worn := adapter or choice.adapter:

@@ -156,7 +156,7 @@ def local_judge(
     settings: Settings, *, pull: bool = True, progress: catalog.Progress | None = None
 ) -> catalog.JudgeChoice:
     """The judge that the settings name and what it wears, where it is no endpoint. Raises CatalogError."""
-    choice = catalog.resolve_judge(settings.judge, settings.device, pull=pull, progress=progress)
+    choice = catalog.resolve_judge(settings.judge, pull=pull, progress=progress)
     return choice if settings.adapter is None else choice.wearing(Path(settings.adapter))
 
 

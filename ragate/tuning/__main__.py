@@ -62,7 +62,7 @@ def main(
         from ragate.tuning.recipe import build
 
         # making lessons takes minutes: a mistyped model is to be found out before
-        models = [(catalog.resolve_judge(model, "cpu").path, Path(prefix)) for model, prefix in tokens]
+        models = [(catalog.resolve_judge(model).path, Path(prefix)) for model, prefix in tokens]
         made = build(seed, size, data, halueval=halueval, held_out=held_out)
         click.echo(f"{len(made):,} lessons: " + _counts(Counter(lesson.call for lesson in made)))
         if mix:

@@ -62,9 +62,7 @@ def tune(
     from ragate import catalog
     from ragate_engine import open_checkpoint, tune_adapter
 
-    choice = catalog.resolve_judge(
-        model, device, progress=lambda done, total: say("fetching the model", done, total)
-    )
+    choice = catalog.resolve_judge(model, progress=lambda done, total: say("fetching the model", done, total))
     base = choice.base or str(choice.path)
     checkpoint = open_checkpoint(choice.path)
     examples, held_out = _examples(source, checkpoint, say)

@@ -309,12 +309,11 @@ def test_an_unknown_model_suggests_the_nearest_name() -> None:
         catalog.find("zzz")
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize(
     ("missing", "expected"), [(set(), "qwen-0.5b-judge"), ({"qwen-0.5b-judge"}, "smollm2-judge")]
 )
 def test_auto_takes_the_strongest_judge_that_can_be_had(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, missing: set[str], expected: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: set[str], expected: str
 ) -> None:
     def model_path(name: str, **_: object) -> Path:
         if name in missing:
@@ -322,7 +321,7 @@ def test_auto_takes_the_strongest_judge_that_can_be_had(
         return tmp_path / name
 
     monkeypatch.setattr(catalog, "model_path", model_path)
-    choice = catalog.resolve_judge("auto", device)
+    choice = catalog.resolve_judge("auto")
     assert (choice.name, choice.title, choice.path) == (expected, expected, tmp_path / expected)
     assert choice.adapter is not None and choice.adapter.name == expected
     assert (choice.note is None) == choice.proven == (not missing)
@@ -334,10 +333,10 @@ def test_auto_without_any_judge_says_why(monkeypatch: pytest.MonkeyPatch, shelf:
     gone = [replace(TINY, name=name, packages=()) for name in ("qwen-0.5b-judge", "smollm2-judge")]
     monkeypatch.setattr(catalog, "_MODELS", tuple(gone))
     with pytest.raises(CatalogError, match=r"no judge can be had: smollm2-judge cannot be had.*--judge"):
-        catalog.resolve_judge("auto", "cpu")
+        catalog.resolve_judge("auto")
 
 
-@pytest.mark.parametrize("name", ["qwen-0.5b-judge", "smollm2-judge"])
+@pytest.mark.parametrize("name", ["qwen-0.5b-judge", "smollm2-judge", "qwen-1.5b-judge"])
 def test_a_trained_judge_is_its_base_with_the_adapter_beside_the_code(name: str) -> None:
     model = catalog.find(name)
     assert model.base is not None and model.adapter is not None
@@ -370,11 +369,11 @@ def test_another_adapter_takes_the_place_of_the_one_that_a_judge_wears(tmp_path:
 def test_a_gguf_file_or_a_model_folder_can_judge_but_is_called_unproven(tmp_path: Path) -> None:
     file = tmp_path / "mine.gguf"
     file.write_bytes(b"GGUF")
-    choice = catalog.resolve_judge(str(file), "cpu")
+    choice = catalog.resolve_judge(str(file))
     assert (choice.name, choice.path, choice.proven) == (None, file, False)
     assert "mine.gguf is unproven" in (choice.note or "")
     (tmp_path / "config.json").write_text("{}")
-    assert catalog.resolve_judge(str(tmp_path), "cpu").path == tmp_path
+    assert catalog.resolve_judge(str(tmp_path)).path == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -387,22 +386,22 @@ def test_a_gguf_file_or_a_model_folder_can_judge_but_is_called_unproven(tmp_path
 )
 def test_what_cannot_judge_is_refused_with_the_way_out(spec: str, message: str) -> None:
     with pytest.raises(CatalogError, match=message):
-        catalog.resolve_judge(spec, "cpu")
+        catalog.resolve_judge(spec)
 
 
 def test_a_folder_without_a_config_is_no_judge(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match=r"nor a folder with a config\.json"):
-        catalog.resolve_judge(str(tmp_path), "cpu")
+        catalog.resolve_judge(str(tmp_path))
 
 
 def test_the_catalogue_is_consistent() -> None:
     names = [model.name for model in catalog.models()]
-    assert len(set(names)) == len(names) == 7
+    assert len(set(names)) == len(names) == 8
     for model in catalog.models():
         assert all(len(file.sha256) == 64 and file.size > 0 for file in model.files)
         assert all("==" in package for package in model.packages)
         assert len(model.packages) <= sum(len(file.members) for file in model.files)
-        assert model.proven == (model.name == "qwen-0.5b-judge")
+        assert model.proven == (model.name in {"qwen-0.5b-judge", "qwen-1.5b-judge"})
         assert model.accuracy
     assert catalog.find("qwen-1.5b").size == 1_117_320_768
 
