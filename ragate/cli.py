@@ -88,6 +88,11 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Of verdicts or of their probabilities [hard].",
         ),
         click.option(
+            "--statements",
+            type=click.Choice(["judge", "sentences"]),
+            help="What cuts answers up for faithfulness [judge].",
+        ),
+        click.option(
             "--reserve",
             type=click.Choice(["auto", "always", "never"]),
             help="When the reserve is judged; auto: once if INCONCLUSIVE, and for a baseline [auto].",

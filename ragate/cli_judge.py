@@ -12,8 +12,8 @@ from ragate.errors import EXIT_FAIL, EXIT_INTERRUPTED, EXIT_PASS
 from ragate.report.untrusted import plain
 
 if TYPE_CHECKING:
-    from ragate.judging.calibrate import Statements
     from ragate.judging.labelled import Subject
+    from ragate.metrics import Statements
 
 JUDGE = click.option(
     "--judge", "judge_", help="auto, a catalogue name (`ragate models list`), a .gguf path or an http URL."

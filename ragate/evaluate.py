@@ -16,7 +16,7 @@ from pydantic import Field
 
 from ragate.errors import ConfigError, RagateError
 from ragate.journal import AnswerEntry, DoneEntry, answer_key
-from ragate.metrics import INPUT_MARK, RECORD, Metric, Record, metrics_named, value_of
+from ragate.metrics import INPUT_MARK, RECORD, Metric, Record, Statements, metrics_named, value_of
 from ragate.run import Call, Claim, Frozen, ItemRecord, Run, Score, State, Tokens
 from ragate.soft import FIELD, SoftScores
 
@@ -139,6 +139,7 @@ def evaluate(
     call_timeout: float = CALL_TIMEOUT,
     ends: bool = True,
     soft: SoftScores | None = None,
+    statements: Statements = "judge",
 ) -> tuple[Run, Timings]:
     """Score the items of `testset` by each metric and return the run and its timings.
 
@@ -166,6 +167,7 @@ def evaluate(
             call_timeout=call_timeout,
             ends=ends,
             soft=soft,
+            statements=statements,
         )
     )
 
@@ -183,9 +185,10 @@ async def aevaluate(
     call_timeout: float = CALL_TIMEOUT,
     ends: bool = True,
     soft: SoftScores | None = None,
+    statements: Statements = "judge",
 ) -> tuple[Run, Timings]:
     """As `evaluate`, inside a running event loop (a notebook)."""
-    rows = metrics_named(metrics)
+    rows = metrics_named(metrics, statements)
     if embeddings is None and any(metric.embeds for metric in rows):
         raise ConfigError("metric answer_relevance needs an embedding model")
     evaluation = _Evaluation(
@@ -247,6 +250,8 @@ async def fingerprint(
         fields[f"prompt_{metric.name}"] = await probe_hash(metric, judge)
         if metric.embeds and embeddings is not None:
             fields["embeddings"] = embeddings.sha256
+        if metric.cut:  # ragas' own way has no field: its fingerprints stay what they were
+            fields["statements"] = metric.cut
     return fields
 
 
@@ -340,7 +345,7 @@ class _Evaluation:
         """Calls that all scores will make; items without an answer yet count as the mean of the others."""
         known = len(self.contexts)
         usual = round(sum(self.contexts.values()) / known) if known else 4
-        expected = sum(metric.calls(usual) for metric in self.metrics) * (len(self.items) - known)
+        expected = sum(metric.calls(usual, "") for metric in self.metrics) * (len(self.items) - known)
         return self.calls_known + expected
 
     async def _answer(self, item: Item) -> ItemRecord:
@@ -372,7 +377,9 @@ class _Evaluation:
         self.contexts[item.id] = len(record.contexts)
         if record.error is None:
             self.calls_known += sum(
-                metric.calls(len(record.contexts)) for metric in self.metrics if not metric.missing(record)
+                metric.calls(len(record.contexts), record.answer or "")
+                for metric in self.metrics
+                if not metric.missing(record)
             )
         self.seconds["answers"] = time.perf_counter() - self.started  # the last one stays
         self.emit("answer")

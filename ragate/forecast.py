@@ -67,7 +67,7 @@ def forecast(settings: Settings, *, update: bool = False) -> Forecast:
     records, notes = _records(testset, earlier, settings)
     checkpoint, name, missing = _judge(settings)
     notes += missing
-    prompts = asyncio.run(_prompts(records, settings.metrics))
+    prompts = asyncio.run(_prompts(records, settings))
     outputs = _outputs(earlier, settings.metrics)
     distinct = list(dict.fromkeys(prompts))
     output = sum(outputs[metric] for metric, _ in distinct)
@@ -152,14 +152,14 @@ def _judge(settings: Settings) -> tuple[Checkpoint | None, str, list[str]]:
     return open_checkpoint(choice.path), choice.title, []
 
 
-async def _prompts(records: Sequence[ItemRecord], names: Sequence[str]) -> list[tuple[str, str]]:
+async def _prompts(records: Sequence[ItemRecord], settings: Settings) -> list[tuple[str, str]]:
     """(metric, prompt) of every call, in the order in which the judge gets them."""
     from ragate.judge import prompts_of
     from ragate.metrics import metrics_named
 
     return [
         (metric.name, prompt)
-        for metric in metrics_named(names)
+        for metric in metrics_named(settings.metrics, settings.statements)
         for record in records
         if metric.missing(record) is None
         for prompt in await prompts_of(metric, record)

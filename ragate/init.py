@@ -76,9 +76,12 @@ threshold_mode = "relative"
 # How large a true drop can be seen is said where the judge's accuracy is known, as of those that ship. Of another, its
 # balanced accuracy on labelled data:
 # judge_accuracy = 0.8
-# Or the map that `ragate judge calibrate --statements judge` wrote for it, which says it; soft scores go through it as
-# well. It is written into .ragate/, which is not committed: copy it here.
+# Or the map that `ragate judge calibrate` wrote for it (with `--statements judge` or `sentences`, as below), which says
+# it; soft scores go through it as well. It is written into .ragate/, which is not committed: copy it here.
 # calibration = "baselines/faithfulness-judge-map.json"
+# What cuts answers up for faithfulness: "judge", as ragas has it, or "sentences", of which the judges that ship are
+# surer; a baseline is of one of them.
+# statements = "sentences"
 # "hard" is a score of verdicts, as ragas makes it; "soft" is one of their probabilities.
 # scores = "soft"
 

@@ -6,10 +6,11 @@ import json
 import math
 import os
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from ragate.errors import ConfigError
+from ragate.judging.sentences import WAY, sentences_of
 from ragate.run import Claim
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     """Embedding of a text that a metric has embedded before."""
 
 
+Statements = Literal["judge", "sentences"]
+"""What cuts an answer into statements: the judge, as ragas has it, or `sentences_of`."""
 INPUT_MARK = "Now perform the same with the following input\ninput: "
 """In a ragas prompt, instruction, schema and examples come before it and the item after it."""
 
@@ -58,9 +61,11 @@ class Metric:
     needs: tuple[str, ...]
     """Fields of an item."""
     claims: Callable[[Record, ItemRecord, Vectors], tuple[Claim, ...]]
-    calls: Callable[[int], int]
-    """Calls for an item with this many contexts: the estimate behind the progress bar."""
+    calls: Callable[[int, str], int]
+    """Calls for an item with this many contexts and this answer: the estimate behind the progress bar."""
     embeds: bool = False
+    cut: str | None = None
+    """How an answer becomes statements where the judge does not cut it up itself: part of the fingerprint."""
 
     def missing(self, item: ItemRecord) -> str | None:
         """The first field this metric needs and `item` lacks, or `None`."""
@@ -74,6 +79,10 @@ class Metric:
     def scorer(self, llm: Any, embeddings: Any = None) -> Any:
         """ragas' own metric object over our judge. Imports ragas (seconds)."""
         keep_quiet()
+        if self.cut:
+            from ragate.sentenced import SentenceFaithfulness
+
+            return SentenceFaithfulness(llm)
         from ragas.metrics import collections
 
         parts = {"llm": llm, "embeddings": embeddings} if self.embeds else {"llm": llm}
@@ -111,9 +120,8 @@ def cosine(a: Sequence[float], b: Sequence[float]) -> float:
     return math.fsum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
 
 
-def _statements(record: Record, list_name: str, verdict_name: str) -> tuple[Claim, ...]:
-    """The claims of the record's last call, whose output is a list of {statement, reason, verdict}."""
-    entry = record.calls[-1].entry
+def _statements(record: Record, model: str, list_name: str, verdict_name: str) -> tuple[Claim, ...]:
+    """The claims of the record's calls for `model`, whose output is a list of {statement, reason, verdict}."""
     return tuple(
         Claim(
             text=judged["statement"],
@@ -121,16 +129,26 @@ def _statements(record: Record, list_name: str, verdict_name: str) -> tuple[Clai
             probability=probability,
             reason=judged["reason"],
         )
-        for judged, probability in zip(json.loads(entry.output)[list_name], entry.verdicts, strict=True)
+        for call in record.calls
+        if call.model == model
+        for judged, probability in zip(
+            json.loads(call.entry.output)[list_name], call.entry.verdicts, strict=True
+        )
     )
 
 
 def _faithfulness(record: Record, item: ItemRecord, vectors: Vectors) -> tuple[Claim, ...]:
-    return _statements(record, "statements", "verdict")
+    return _statements(record, "NLIStatementOutput", "statements", "verdict")
+
+
+def _sentence_calls(contexts: int, answer: str) -> int:
+    from ragate.schemas import MOST_ITEMS
+
+    return max(1, -(-len(sentences_of(answer)) // MOST_ITEMS))
 
 
 def _context_recall(record: Record, item: ItemRecord, vectors: Vectors) -> tuple[Claim, ...]:
-    return _statements(record, "classifications", "attributed")
+    return _statements(record, "ContextRecallOutput", "classifications", "attributed")
 
 
 def _context_precision(record: Record, item: ItemRecord, vectors: Vectors) -> tuple[Claim, ...]:
@@ -172,44 +190,47 @@ METRICS: dict[str, Metric] = {
             ragas="ContextPrecision",
             needs=("question", "reference", "contexts"),
             claims=_context_precision,
-            calls=lambda contexts: contexts,
+            calls=lambda contexts, answer: contexts,
         ),
         Metric(
             name="context_recall",
             ragas="ContextRecall",
             needs=("question", "contexts", "reference"),
             claims=_context_recall,
-            calls=lambda contexts: 1,
+            calls=lambda contexts, answer: 1,
         ),
         Metric(
             name="faithfulness",
             ragas="Faithfulness",
             needs=("question", "answer", "contexts"),
             claims=_faithfulness,
-            calls=lambda contexts: 2,
+            calls=lambda contexts, answer: 2,
         ),
         Metric(
             name="answer_relevance",
             ragas="AnswerRelevancy",
             needs=("question", "answer"),
             claims=_answer_relevance,
-            calls=lambda contexts: 3,
+            calls=lambda contexts, answer: 3,
             embeds=True,
         ),
     )
 }
 
 
-def metrics_named(names: Iterable[str]) -> tuple[Metric, ...]:
+def metrics_named(names: Iterable[str], statements: Statements = "judge") -> tuple[Metric, ...]:
     """The rows for `names`, in that order and each once; ragas' spelling `answer_relevancy` is understood.
 
-    Raises ConfigError for an unknown name or for none at all.
+    With `statements` by sentences faithfulness takes those of the answer. Raises ConfigError for an unknown name or for
+    none at all.
     """
     chosen: dict[str, Metric] = {}
     for name in names:
         metric = METRICS.get("answer_relevance" if name == "answer_relevancy" else name)
         if metric is None:
             raise ConfigError(f"metrics: there is no metric {name!r}; choose from {', '.join(METRICS)}")
+        if statements == "sentences" and metric.name == "faithfulness":
+            metric = replace(metric, cut=WAY, calls=_sentence_calls)
         chosen[metric.name] = metric
     if not chosen:
         raise ConfigError(f"metrics: none named; choose from {', '.join(METRICS)}")

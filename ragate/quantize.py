@@ -153,7 +153,7 @@ def prompts_for(settings: Settings) -> list[str]:
     async def prompts() -> list[str]:
         return [
             prompt
-            for metric in metrics_named(settings.metrics)
+            for metric in metrics_named(settings.metrics, settings.statements)
             for record in records
             if metric.missing(record) is None
             for prompt in await prompts_of(metric, record)

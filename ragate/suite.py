@@ -278,6 +278,7 @@ def _judging(
         call_timeout=settings.call_timeout,
         ends=False,
         soft=soft,
+        statements=settings.statements,
     )
 
 
@@ -314,7 +315,7 @@ def rescore(
     return run.model_copy(update={"target": stored.target})
 
 
-SHIPPED_MAP = "faithfulness-judge-map.json"
+SHIPPED_MAPS = ("faithfulness-judge-map.json", "faithfulness-map.json")
 """Beside the adapter of a judge: what `ragate judge calibrate` wrote of it, with statements of its own as in `eval`."""
 
 
@@ -346,7 +347,7 @@ def known_accuracy(settings: Settings, run: Run) -> dict[str, float]:
     hard = FIELD not in run.fingerprint
     known = {} if settings.judge_accuracy is None else dict.fromkeys(run.metrics, settings.judge_accuracy)
     # what ships tells nothing of soft scores, which went through no map or another
-    for calibration in (shipped_calibration(run.judge) if hard else None, load_known(settings)):
+    for calibration in (*(shipped_calibrations(run.judge) if hard else ()), load_known(settings)):
         if calibration is None or calibration.differences(run.fingerprint):
             continue
         known.pop(calibration.metric, None)  # the later one knows better
@@ -356,13 +357,14 @@ def known_accuracy(settings: Settings, run: Run) -> dict[str, float]:
     return known
 
 
-def shipped_calibration(judge: str) -> Calibration | None:
-    """What ships with a judge of the catalogue about its faithfulness."""
+def shipped_calibrations(judge: str) -> tuple[Calibration, ...]:
+    """What ships with a judge of the catalogue about its faithfulness, by either way of making statements."""
     from ragate.judging.mapping import load_calibration
 
-    path = catalog.ADAPTERS / judge / SHIPPED_MAP
-    known = any(model.base and model.name == judge for model in catalog.models())
-    return load_calibration(path) if known and path.is_file() else None
+    if not any(model.base and model.name == judge for model in catalog.models()):
+        return ()
+    paths = [catalog.ADAPTERS / judge / name for name in SHIPPED_MAPS]
+    return tuple(load_calibration(path) for path in paths if path.is_file())
 
 
 def load_release(settings: Settings) -> Baseline | None:

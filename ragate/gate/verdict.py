@@ -50,7 +50,7 @@ EXIT_CODES: dict[Verdict, int] = {
 SEVERITY: tuple[Verdict, ...] = ("PASS", "INCONCLUSIVE", "FAIL", "INVALID")
 """Mildest first; a run takes the worst of its metrics."""
 
-FIELD_METRICS = {"embeddings": "answer_relevance"}
+FIELD_METRICS = {"embeddings": "answer_relevance", "statements": "faithfulness"}
 """Fields of the fingerprint that belong to one metric, as `prompt_<metric>` does to each."""
 MIN_PAIRED = 10
 MAX_UNSCORED = 0.02

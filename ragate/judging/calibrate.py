@@ -17,6 +17,7 @@ from ragate.errors import RunError, TestSetError
 from ragate.files import write_whole
 from ragate.gate.baseline import file_name
 from ragate.judging.labelled import Labelled, Subject, load_labelled, spread
+from ragate.metrics import Statements
 
 if TYPE_CHECKING:
     from ragate.config import Settings
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from ragate.judging.quality import Quality
     from ragate.suite import Say
 
-Statements = Literal["sentences", "judge"]
 """Who cuts an answer into statements: `sentences_of`, or the judge as in ragas' faithfulness."""
 
 METRIC: dict[Subject, Literal["faithfulness", "context_precision"]] = {
@@ -184,10 +184,10 @@ async def _judged(
     from ragate.judging.ask import ask_all
     from ragate.judging.asks import Heard
     from ragate.judging.prompts import asks_of
-    from ragate.metrics import METRICS
+    from ragate.metrics import metrics_named
 
     try:
-        fields = await fingerprint(judge, [METRICS[METRIC[subject]]], None)
+        fields = await fingerprint(judge, metrics_named([METRIC[subject]], statements), None)
         if subject == "faithfulness" and statements == "judge":
             return await _by_ragas(settings, judge, journal, items, on_event), fields
         asks = [ask for item in items for ask in asks_of(item, subject)]

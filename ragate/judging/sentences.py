@@ -14,6 +14,9 @@ from typing import TypeVar
 
 Part = TypeVar("Part")
 
+WAY = "sentences 1"
+"""For fingerprints; another number once any answer is cut otherwise."""
+
 _MARKER = re.compile(r"^\s*(?:[-*•–‣◦]|#{1,6}|>|\(?(?:\d{1,3}[.)]|[a-zA-Z]\)))\s+")
 """A bullet, heading mark or list number at the start of a line or sentence."""
 _END = re.compile(r"[.!?…]+[\"'”’)\]*_]*(?=\s+[\"'“‘(\[*_]*[A-Z0-9À-Þ])")

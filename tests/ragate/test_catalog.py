@@ -351,6 +351,7 @@ def test_a_trained_judge_is_its_base_with_the_adapter_beside_the_code(name: str)
         "adapter_config.json",
         "adapter_model.safetensors",
         "faithfulness-judge-map.json",
+        "faithfulness-map.json",
         "learning-curve.svg",
     }
     card = (model.adapter / "README.md").read_text()

@@ -23,6 +23,9 @@ from ragate.errors import ConfigError, RunError, TargetError
 from ragate.evaluate import Answer, Event, evaluate
 from ragate.journal import Journal, read_entries
 from ragate.judge import EngineJudge
+from ragate.judging.labelled import Labelled
+from ragate.judging.prompts import asks_of
+from ragate.judging.sentences import WAY
 from ragate.metrics import METRICS, Metric
 from ragate.run import load_run, save_run
 from ragate.testset import Item, TestSet
@@ -110,7 +113,7 @@ def test_every_item_has_every_score_in_order_with_its_claims_and_calls(tmp_path:
     for score in run.scores:
         assert score.value is not None
         assert 0 <= score.value <= 1
-        assert len(score.calls) == METRICS[score.metric].calls(2)
+        assert len(score.calls) == METRICS[score.metric].calls(2, "")
         assert score.claims
         assert set(score.calls) <= run.calls.keys()
     assert (run.suite, run.testset, run.testset_hash) == ("suite", "suite.jsonl", "abc")
@@ -151,6 +154,35 @@ def test_the_fingerprint_names_what_differs(tmp_path: Path, engines: Any) -> Non
     fewer, _ = run_once(tmp_path / "d", engines(), metrics=["faithfulness"])
     assert "embeddings" not in fewer.fingerprint
     assert "prompt_context_recall" not in fewer.fingerprint
+
+
+LONG = "Sure, I can help you with that! " + " ".join(f"Fact {i} is true." for i in range(10))
+
+
+def test_sentences_of_the_answer_are_judged_as_they_are_in_as_few_calls_as_it_takes(
+    tmp_path: Path, engines: Any
+) -> None:
+    engine, events = engines(), []
+    testset = stored(2, q1={"answer": LONG})
+    ways: dict[str, Any] = {"statements": "sentences", "on_event": events.append}
+    run, _ = run_once(tmp_path / "a", engine, testset, ["faithfulness"], **ways)
+    first, second = run.scores
+    assert [claim.text for claim in first.claims] == ["Answer 0."]
+    assert [claim.text for claim in second.claims] == [f"Fact {i} is true." for i in range(10)]
+    assert second.value == sum(claim.verdict for claim in second.claims) / 10
+    assert {0, 1} == {claim.verdict for claim in second.claims}  # or the mean says little
+    # none to cut the answer up, and five facts in each of two, as `ragate judge calibrate` asks
+    labelled = Labelled("q1", "Question 1?", ("Context 1.0", "Context 1.1"), LONG, 1, None, "", "q1")
+    asked = {f"<user>{ask.prompt}<assistant>" for ask in asks_of(labelled, "faithfulness")}
+    assert len(asked) == 2 and asked < set(engine.prompts) and len(engine.prompts) == 3
+    assert (events[-1].calls_done, events[-1].calls_total) == (3, 3)
+    # another way of making scores, which the fingerprint says
+    other, _ = run_once(tmp_path / "b", engines(), testset, ["faithfulness"])
+    fields = {k: v for k, v in run.fingerprint.items() if other.fingerprint.get(k) != v}
+    assert fields.keys() == {"statements", "prompt_faithfulness"} and fields["statements"] == WAY
+    # of the other metrics it changes nothing
+    recall, _ = run_once(tmp_path / "c", engines(), testset, ["context_recall"])
+    assert run_once(tmp_path / "d", engines(), testset, ["context_recall"], **ways)[0] == recall
 
 
 def test_events_count_up_to_their_totals(tmp_path: Path, engines: Any) -> None:
@@ -322,7 +354,7 @@ def test_a_score_that_is_not_a_number_is_counted_and_not_averaged(
     monkeypatch.setattr(Metric, "scorer", lambda self, llm, embeddings=None: Nan())
     monkeypatch.setattr("ragate.judge.probe_hash", lambda metric, judge: asyncio.sleep(0, "probe"))
     monkeypatch.setitem(
-        METRICS, "context_recall", Metric("context_recall", "", ("question",), lambda *_: (), lambda n: 0)
+        METRICS, "context_recall", Metric("context_recall", "", ("question",), lambda *_: (), lambda *_: 0)
     )
     run, _ = run_once(tmp_path, engines(), metrics=["context_recall"])
     assert run.states("context_recall") == {"nan": 1, "ok": 3}

@@ -25,10 +25,11 @@ from ragate.evaluate import evaluate
 from ragate.journal import Journal
 from ragate.judge import EngineJudge, Judge, probe_hash
 from ragate.judging.mapping import Calibration, ScoreMap, save_calibration
-from ragate.metrics import METRICS
+from ragate.judging.sentences import WAY
+from ragate.metrics import METRICS, Statements, metrics_named
 from ragate.run import Claim, Run
 from ragate.soft import SoftScores, average_precision
-from ragate.suite import known_accuracy, shipped_calibration, strange_calibration
+from ragate.suite import known_accuracy, shipped_calibrations, strange_calibration
 from ragate.testset import Item, TestSet
 from ragate_engine import Completion, SamplingParams, open_checkpoint, read_adapter
 
@@ -178,15 +179,26 @@ def known(
     return known_accuracy(Settings(calibration=str(path), **settings), run)
 
 
+def shipped_of(judge: str, way: Statements) -> Calibration:
+    """What ships of the judge with statements made in this way."""
+    (found,) = [
+        each
+        for each in shipped_calibrations(judge)
+        if each.fingerprint.get("statements") == (WAY if way == "sentences" else None)
+    ]
+    return found
+
+
 SHIPPED = [model for model in catalog.models() if model.adapter is not None]
 
 
+@pytest.mark.parametrize("way", ["judge", "sentences"])
 @pytest.mark.parametrize("model", SHIPPED, ids=lambda model: model.name)
 def test_what_ships_with_a_judge_is_told_of_its_hard_scores_and_of_no_other_judge(
-    model: catalog.Model,
+    model: catalog.Model, way: Statements
 ) -> None:
-    kept = shipped_calibration(model.name)
-    assert kept is not None and (kept.judge, kept.metric) == (model.name, "faithfulness")
+    kept = shipped_of(model.name, way)
+    assert (kept.judge, kept.metric) == (model.name, "faithfulness")
     assert kept.items == 313 and 0.1 < kept.shown_hard < 0.5
     metrics = ("faithfulness", "context_recall")
 
@@ -200,16 +212,16 @@ def test_what_ships_with_a_judge_is_told_of_its_hard_scores_and_of_no_other_judg
     assert told(decoding=own) == {"faithfulness": (1 + kept.shown_hard) / 2}
     assert told(decoding=own, judge_merged_adapter="another") == {}
     assert told(decoding=own, scores="soft") == {}
-    assert (
-        shipped_calibration("../judges/" + model.name) is None
-        and shipped_calibration(model.base or "") is None
-    )
+    assert shipped_calibrations("../judges/" + model.name) == () == shipped_calibrations(model.base or "")
 
 
+@pytest.mark.parametrize("way", ["judge", "sentences"])
 @pytest.mark.parametrize("model", SHIPPED, ids=lambda model: model.name)
-def test_what_ships_with_a_judge_is_of_its_adapter_and_of_todays_prompt(model: catalog.Model) -> None:
-    kept = shipped_calibration(model.name)
-    assert kept is not None and model.adapter is not None
+def test_what_ships_with_a_judge_is_of_its_adapter_and_of_todays_prompt(
+    model: catalog.Model, way: Statements
+) -> None:
+    kept = shipped_of(model.name, way)
+    assert model.adapter is not None
     try:
         checkpoint = open_checkpoint(catalog.model_path(model.name, pull=False))
     except CatalogError as e:
@@ -220,7 +232,9 @@ def test_what_ships_with_a_judge_is_of_its_adapter_and_of_todays_prompt(model: c
     def render(prompt: str) -> str:
         return " ".join(map(str, tokenizer.encode_chat([{"role": "user", "content": prompt}])))
 
-    prompt = asyncio.run(probe_hash(METRICS["faithfulness"], cast(Judge, SimpleNamespace(render=render))))
+    prompt = asyncio.run(
+        probe_hash(*metrics_named(["faithfulness"], way), cast(Judge, SimpleNamespace(render=render)))
+    )
     assert kept.fingerprint["prompt_faithfulness"] == prompt, "calibrate it again: the prompt is another"
     assert kept.fingerprint["judge_weights"] == model.sha256
     digest = read_adapter(model.adapter, checkpoint.config).digest
@@ -237,8 +251,7 @@ def test_the_gate_is_told_what_the_scores_of_this_judge_show_of_a_drop(tmp_path:
 
 
 def test_a_calibration_of_contexts_leaves_what_ships_of_answers(tmp_path: Path) -> None:
-    shipped = shipped_calibration("qwen-0.5b-judge")
-    assert shipped is not None
+    shipped = shipped_of("qwen-0.5b-judge", "judge")
     both = shipped.fingerprint | {"prompt_context_precision": "p"}
     contexts = {name: value for name, value in both.items() if name != "prompt_faithfulness"}
     save_calibration(calibration(contexts, "context_precision"), tmp_path / "map.json")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ragate.judging.sentences import even_parts, sentences_of
+from ragate.judging.sentences import WAY, even_parts, sentences_of
+
+DOCUMENTS = Path("testsets/llm-serving/documents")
 
 
 @pytest.mark.parametrize(
@@ -130,3 +135,10 @@ def test_parts_are_even_and_none_is_too_large() -> None:
     assert even_parts(range(9), 8) == [(0, 1, 2, 3), (4, 5, 6, 7, 8)]
     assert even_parts([1, 2], 8) == [(1, 2)]
     assert even_parts([], 8) == []
+
+
+def test_answers_that_are_cut_otherwise_get_another_fingerprint() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in sorted(DOCUMENTS.glob("*.md"))]
+    cut = "\n".join("\n".join(sentences_of(text)) for text in texts)
+    assert len(texts) == 25
+    assert (WAY, hashlib.sha256(cut.encode()).hexdigest()[:16]) == ("sentences 1", "b9ca5229341cba49")
