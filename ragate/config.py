@@ -133,7 +133,7 @@ class Settings(BaseModel):
     """What a score is made of: the judge's verdicts, as ragas does it, or their probabilities (`soft`)."""
     statements: Statements = "judge"
     """What cuts an answer into the statements of faithfulness: the `judge`, as ragas does it, or its own `sentences`,
-    of which the judges that ship tell more, in a quarter less time."""
+    of which the judges that ship tell more, in half the calls."""
     calibration: str | None = None
     """The map that `ragate judge calibrate` wrote for this judge: soft scores of its metric go through it, and reports
     say which true drop a run can detect."""

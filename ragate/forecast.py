@@ -68,7 +68,7 @@ def forecast(settings: Settings, *, update: bool = False) -> Forecast:
     checkpoint, name, missing = _judge(settings)
     notes += missing
     prompts = asyncio.run(_prompts(records, settings))
-    outputs = _outputs(earlier, settings.metrics)
+    outputs = _outputs(earlier, settings)
     distinct = list(dict.fromkeys(prompts))
     output = sum(outputs[metric] for metric, _ in distinct)
     ids = None
@@ -166,10 +166,13 @@ async def _prompts(records: Sequence[ItemRecord], settings: Settings) -> list[tu
     ]
 
 
-def _outputs(earlier: Run | None, names: Sequence[str]) -> dict[str, int]:
+def _outputs(earlier: Run | None, settings: Settings) -> dict[str, int]:
     """Metric -> tokens of an answer of the judge: as in the last run, else the usual."""
-    found = {name: USUAL_OUTPUT.get(name, 100) for name in names}
-    for name in names:
+    found = {name: USUAL_OUTPUT.get(name, 100) for name in settings.metrics}
+    way = "sentences" if earlier and "statements" in earlier.fingerprint else "judge"
+    for name in settings.metrics:
+        if name == "faithfulness" and way != settings.statements:  # calls of another kind
+            continue
         keys = (
             {key for score in earlier.scores if score.metric == name for key in score.calls}
             if earlier

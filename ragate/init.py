@@ -55,7 +55,7 @@ target = TARGET
 # Which of the four to score.
 metrics = ["context_precision", "context_recall", "faithfulness", "answer_relevance"]
 
-# The model that judges: "auto" picks by device; `ragate models list` shows the others; a .gguf file or a URL.
+# The model that judges: "auto" is qwen-0.5b-judge; `ragate models list` shows the others; a .gguf file or a URL.
 # Scores of different judges cannot be compared: name one here to have the same on every machine.
 judge = JUDGE
 # A LoRA adapter that it wears, made by `ragate judge tune`.

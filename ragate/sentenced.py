@@ -19,7 +19,10 @@ class SentenceFaithfulness(Faithfulness):  # type: ignore[misc]
     """`ragas.metrics.collections.Faithfulness` with another first step; prompt, schema and score are ragas'."""
 
     async def _create_statements(self, question: str, response: str) -> list[str]:
-        return sentences_of(response)
+        found = sentences_of(response)
+        if not found:
+            raise ValueError("the answer is blank: it has no sentence to judge")
+        return found
 
     async def _create_verdicts(self, statements: list[str], context: str) -> NLIStatementOutput:
         """As few calls as judges are trained for, one after the other: their order is that of the answer."""

@@ -316,7 +316,7 @@ def rescore(
 
 
 SHIPPED_MAPS = ("faithfulness-judge-map.json", "faithfulness-map.json")
-"""Beside the adapter of a judge: what `ragate judge calibrate` wrote of it, with statements of its own as in `eval`."""
+"""Beside the adapter of a judge: what `ragate judge calibrate` wrote of it, by either way of making statements."""
 
 
 def load_soft(settings: Settings) -> SoftScores | None:
@@ -406,12 +406,15 @@ def strange_calibration(settings: Settings, run: Run) -> tuple[str, ...]:
     calibration = load_known(settings)
     if calibration is None or f"prompt_{calibration.metric}" not in run.fingerprint:
         return ()
+    from ragate.judging.mapping import command_for
+
     other = calibration.differences(run.fingerprint)
     if not other:
         return ()
+    command = command_for(calibration.metric, run.fingerprint)
     return (
         f"the calibration {_shown(settings.calibration)} is of another judge or prompt ({', '.join(other)}) and tells "
-        "nothing of this one: `ragate judge calibrate` makes its own",
+        f"nothing of this one: {command} makes its own",
     )
 
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from ragate.judging.quality import Quality
     from ragate.suite import Say
 
-"""Who cuts an answer into statements: `sentences_of`, or the judge as in ragas' faithfulness."""
-
 METRIC: dict[Subject, Literal["faithfulness", "context_precision"]] = {
     "faithfulness": "faithfulness",
     "relevance": "context_precision",

@@ -159,6 +159,14 @@ class Calibration(Frozen):
         ]
 
 
+def command_for(metric: str, fingerprint: dict[str, str]) -> str:
+    """The command that measures the judge of a run with this fingerprint on what `metric` is of."""
+    if metric != "faithfulness":
+        return "`ragate judge calibrate --calls relevance`"
+    way = "sentences" if "statements" in fingerprint else "judge"
+    return f"`ragate judge calibrate --statements {way}`"
+
+
 def _adapter_once(fingerprint: dict[str, str]) -> dict[str, str]:
     """The fingerprint with one field for an adapter, be it merged into the weights or beside them."""
     fields = dict(fingerprint)

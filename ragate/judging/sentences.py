@@ -19,8 +19,8 @@ WAY = "sentences 1"
 
 _MARKER = re.compile(r"^\s*(?:[-*•–‣◦]|#{1,6}|>|\(?(?:\d{1,3}[.)]|[a-zA-Z]\)))\s+")
 """A bullet, heading mark or list number at the start of a line or sentence."""
-_END = re.compile(r"[.!?…]+[\"'”’)\]*_]*(?=\s+[\"'“‘(\[*_]*[A-Z0-9À-Þ])")
-"""Where a sentence may end: the next one begins with a capital or a digit."""
+_END = re.compile(r"[.!?…؟।]+[\"'”’)\]*_]*(?=\s+[\"'“‘(\[*_]*([^\W_]))|[。！？｡]+[」』”’）)\]]*()")
+"""Where a sentence may end: the next one does not begin with a small letter, where letters have two sizes."""
 _ABBREVIATION = re.compile(
     r"(?:^|[\s(\[\"'“])(?:mr|mrs|ms|dr|prof|sr|jr|st|mt|ft|vs|etc|eg|e\.g|ie|i\.e|cf|al|approx|no|nos|vol|fig|eq|sec|"
     r"inc|ltd|co|corp|dept|est|gen|gov|sen|rep|rev|hon|capt|col|sgt|lt|u\.s|u\.k|u\.n|a\.m|p\.m|ph\.d|jan|feb|mar|apr|"
@@ -67,7 +67,8 @@ _CITATION = re.compile(
 _PASSAGE = re.compile(r"^(?:passage|source|document|context) \d{1,2}: *", re.IGNORECASE)
 """A citation before what it is of."""
 _EMPHASIS = re.compile(r"\*\*|__")
-_WORD = re.compile(r"[^\W_]{2,}")
+_WORD = re.compile(r"[぀-ヿ㐀-鿿]{2}|[^\W_]{2,}")
+"""Two characters at least, and no more of a script without spaces."""
 
 
 SHORT_ITEM = 6
@@ -111,6 +112,8 @@ def _sentences(line: str) -> list[str]:
     start = 0
     for match in _END.finditer(line):
         before = line[start : match.end()]
+        if (match[1] or "").islower():
+            continue
         if _ABBREVIATION.search(before) and match[0] == ".":
             continue
         if match[0] == "." and _NUMBER_ALONE.search(before) and _is_list_number(before):

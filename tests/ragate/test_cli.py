@@ -771,3 +771,18 @@ def test_a_run_stopped_in_mid_judging_goes_on_to_the_same_bytes_and_judges_nothi
     assert len(keys) == len(set(keys)) == 4
     timings = json.loads((undisturbed / out / "timings.json").read_text())
     assert (timings["calls_resumed"], timings["calls_judged"]) == (stopped.judged, 4 - stopped.judged)
+
+
+def test_statements_made_otherwise_are_invalid_until_the_stored_answers_are_rescored(
+    ragate: Ragate, fake_judge: tuple[str, ...]
+) -> None:
+    asked = (*fake_judge, "--metrics", "faithfulness,context_recall")
+    assert ragate(*asked, "--update-baseline").code == 0
+    refused = ragate(*asked, "--statements", "sentences")
+    assert refused.code == 3
+    assert "statements differs: baseline none, run sentences 1" in refused.out
+    rescore = ("baseline", "rescore", "--quiet", "--testset", "cases.jsonl", "--judge", "judge.gguf")
+    assert ragate(*rescore, "--statements", "sentences").code == 0
+    passed = ragate(*asked, "--statements", "sentences")
+    assert (passed.code, "no score changed" in passed.out) == (0, True)
+    assert ragate(*asked).code == 3  # and not by the judge, now

@@ -19,7 +19,7 @@ from runs import FINGERPRINT, HOSTILE, METRICS, errored_run, good_run, hostile_r
 from ragate import rates, session
 from ragate.cli import run as command
 from ragate.errors import RunError
-from ragate.forecast import _computed, duration
+from ragate.forecast import USUAL_OUTPUT, _computed, duration
 from ragate.gate.baseline import baseline_of
 from ragate.report.compare import compare, print_compare
 from ragate.report.item import LONGEST, item_named, print_item
@@ -253,9 +253,11 @@ def _forecast(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[
     return dict(json.loads(capsys.readouterr().out))
 
 
+@pytest.mark.parametrize("way", ["judge", "sentences"])
 def test_a_dry_run_counts_the_calls_that_the_run_then_makes(
-    cases: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    cases: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
+    cases += ["--statements", way]
     found = _forecast([*cases, "--judge", "http://localhost:9/v1#m"], capsys)
     assert not Path(".ragate").exists()
     assert (found["seconds"], found["computed_tokens"]) == (None, None)
@@ -272,6 +274,16 @@ def test_a_dry_run_counts_the_calls_that_the_run_then_makes(
     again = _forecast([*cases, "--judge", "http://localhost:9/v1#m"], capsys)
     assert again["prompt_tokens"] == pytest.approx(made.prompt_tokens / 4, rel=0.02)
     assert again["output_tokens"] == pytest.approx(made.output_tokens, rel=0.2)
+    # but its answers on statements made otherwise are none
+    other = [
+        *cases,
+        "--metrics",
+        "faithfulness",
+        "--statements",
+        "judge" if way == "sentences" else "sentences",
+    ]
+    guess = _forecast([*other, "--judge", "http://localhost:9/v1#m"], capsys)
+    assert guess["output_tokens"] == guess["distinct"] * USUAL_OUTPUT["faithfulness"]
 
 
 def test_a_dry_run_with_a_model_counts_by_its_tokenizer_and_times_by_the_machines_rates(

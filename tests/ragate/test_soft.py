@@ -112,7 +112,8 @@ def test_a_map_changes_its_own_metric_alone(tmp_path: Path) -> None:
 
 
 def test_a_map_of_another_judge_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="another judge_weights; calibrate this judge with"):
+    said = "another judge_weights; calibrate this one with `ragate judge calibrate --statements judge`"
+    with pytest.raises(ConfigError, match=said):
         run_of(tmp_path, SoftScores(calibration({"judge_weights": "other"})))
 
 
@@ -277,6 +278,8 @@ def test_a_calibration_of_another_judge_is_not_passed_over_in_silence(tmp_path: 
     assert said(mine) == said({"judge_weights": "other"}) == ()  # the second did not score that metric
     (warning,) = said(mine | {"judge_weights": "other"})
     assert "map.json is of another judge or prompt (judge_weights)" in warning
+    (warning,) = said(mine | {"judge_weights": "other", "statements": WAY})
+    assert "`ragate judge calibrate --statements sentences` makes its own" in warning
 
 
 def test_means_that_differ_by_rounding_show_nothing_of_a_drop(tmp_path: Path) -> None:

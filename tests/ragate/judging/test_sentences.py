@@ -142,3 +142,20 @@ def test_answers_that_are_cut_otherwise_get_another_fingerprint() -> None:
     cut = "\n".join("\n".join(sentences_of(text)) for text in texts)
     assert len(texts) == 25
     assert (WAY, hashlib.sha256(cut.encode()).hexdigest()[:16]) == ("sentences 1", "b9ca5229341cba49")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("Это первое предложение. Это второе.", ["Это первое предложение.", "Это второе."]),
+        ("Это третье, т. е. последнее.", ["Это третье, т. е. последнее."]),
+        ("Αυτή είναι μία. Αυτή είναι δύο.", ["Αυτή είναι μία.", "Αυτή είναι δύο."]),
+        ("这是第一句。这是第二句！", ["这是第一句。", "这是第二句！"]),
+        ("これは最初の文です。これは二番目です。", ["これは最初の文です。", "これは二番目です。"]),
+        ("هل هذا سؤال؟ هذه جملة ثانية.", ["هل هذا سؤال؟", "هذه جملة ثانية."]),
+        ("यह पहला वाक्य है। यह दूसरा है।", ["यह पहला वाक्य है।", "यह दूसरा है।"]),
+        ("오늘은 날씨가 좋다. 내일은 비가 온다.", ["오늘은 날씨가 좋다.", "내일은 비가 온다."]),
+    ],
+)
+def test_sentences_end_in_other_scripts_too(text: str, sentences: list[str]) -> None:
+    assert sentences_of(text) == sentences
