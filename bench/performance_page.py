@@ -40,6 +40,7 @@ def main(results: Path = RESULTS, page: Path = PAGE) -> None:
         _head(found),
         _against_the_peer(found),
         _packed(found),
+        _products(found),
         _roofline(found, figures),
         _same_bits(found),
         _cost(found),
@@ -83,6 +84,7 @@ class Results:
         self.repeated = read(f"repeat-eval-{CARD}-qwen-1.5b")
         self.soak = read(f"soak-{CARD}")
         self.kernels = read(f"kernels-{CARD}")
+        self.products = read(f"quantized-products-{CARD}")
 
 
 class Figures:
@@ -232,6 +234,29 @@ def _packed(found: Results) -> list[str]:
     ]
     for label in columns[0][1]:
         out.append(f"| {label} | " + " | ".join(cells.get(label, "-") for _, cells in columns) + " |")
+    return [*out, ""]
+
+
+def _products(found: Results) -> list[str]:
+    if found.products is None:
+        return []
+    made, few, many = found.products["products"], ("1", "16"), "4096"
+    out = ["### One product", ""]
+    out += _paragraph(
+        "The packed bytes a second over the copy bandwidth, of the widest weight (gate and up) and the longest (down), "
+        "at few rows, which are bound by memory and by unpacking; and at many the speed over that of the bfloat16 "
+        f"product. {found.products['differ']} kinds have other bits than the plain product of their weights "
+        "(`bench/quantized_products.py`)."
+    )
+    out += ["| | gate, up: 1 / 16 rows | down: 1 / 16 rows | gate, up: 4,096 rows | down: 4,096 rows |"]
+    out += ["|---|---|---|---|---|"]
+    for kind in made["gate, up"]["1"]:
+        cells = [
+            " / ".join(f"{made[part][rows][kind]['of_copy']:.0%}" for rows in few)
+            for part in ("gate, up", "down")
+        ]
+        cells += [f"{made[part][many][kind]['of_bf16_rate']:.2f}" for part in ("gate, up", "down")]
+        out.append(f"| {kind} | {' | '.join(cells)} |")
     return [*out, ""]
 
 

@@ -298,6 +298,9 @@ def made_up(folder: Path) -> None:
         "kernels-h200",
         models={"8b": {"decode b=1": {"wall_us": 4300.0, "kernel_us": 4000.0, "kernels": kernels}}},
     )
+    kind = {"of_copy": 0.541, "of_bf16_rate": 0.968}
+    rows = {rows: {"int4 g128": kind} for rows in ("1", "16", "4096")}
+    write("quantized-products-h200", differ=0, products={"gate, up": rows, "down": rows})
     write(
         "limits-h200",
         limits={"copy_GBps": 4239.0, "one_row_linear_GBps": {"8b o": 2434.0}, "graph_kernel_us": 1.5},
@@ -319,6 +322,7 @@ def test_the_page_shows_what_was_measured(tmp_path: Path) -> None:
         in text
     )
     assert "| a small pool | 0 (12 preemptions) |" in text
+    assert "| int4 g128 | 54% / 54% | 54% / 54% | 0.97 | 0.97 |" in text
     assert "| one row linear, 8b o | 2,434 GB/s |" in text
     assert "Soak" not in text  # it was not measured
     for figure in ("roofline", "kv", "startup", "kernels-8b"):
