@@ -93,7 +93,7 @@ class Settings(BaseModel):
     metrics: Annotated[tuple[str, ...], BeforeValidator(_metric_names)] = tuple(METRICS)
     """Which of the four to score, as a list or separated by commas; ragas' spellings are understood."""
     judge: str = Field("auto", min_length=1)
-    """`auto` (the strongest for the device), a name of the catalogue, a .gguf file, a folder, or the URL of an
+    """`auto` (qwen-0.5b-judge), a name of the catalogue, a .gguf file, a folder, or the URL of an
     OpenAI-compatible API with the model after a `#` (`http://host:8000/v1#my-model`; without one, the first that
     it lists). Its API key stands in the environment variable RAGATE_JUDGE_KEY and nowhere else; a user and
     password in the URL are sent as basic authentication instead, and never shown."""
