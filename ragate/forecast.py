@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ragate.endpoint import is_url, shown
 from ragate.errors import CatalogError, RunError
+from ragate.metrics import way_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +68,7 @@ def forecast(settings: Settings, *, update: bool = False) -> Forecast:
     records, notes = _records(testset, earlier, settings)
     checkpoint, name, missing = _judge(settings)
     notes += missing
-    prompts = asyncio.run(_prompts(records, settings))
+    prompts = asyncio.run(calls_of(records, settings))
     outputs = _outputs(earlier, settings)
     distinct = list(dict.fromkeys(prompts))
     output = sum(outputs[metric] for metric, _ in distinct)
@@ -152,7 +153,7 @@ def _judge(settings: Settings) -> tuple[Checkpoint | None, str, list[str]]:
     return open_checkpoint(choice.path), choice.title, []
 
 
-async def _prompts(records: Sequence[ItemRecord], settings: Settings) -> list[tuple[str, str]]:
+async def calls_of(records: Sequence[ItemRecord], settings: Settings) -> list[tuple[str, str]]:
     """(metric, prompt) of every call, in the order in which the judge gets them."""
     from ragate.judge import prompts_of
     from ragate.metrics import metrics_named
@@ -169,7 +170,7 @@ async def _prompts(records: Sequence[ItemRecord], settings: Settings) -> list[tu
 def _outputs(earlier: Run | None, settings: Settings) -> dict[str, int]:
     """Metric -> tokens of an answer of the judge: as in the last run, else the usual."""
     found = {name: USUAL_OUTPUT.get(name, 100) for name in settings.metrics}
-    way = "sentences" if earlier and "statements" in earlier.fingerprint else "judge"
+    way = way_of(earlier.fingerprint) if earlier else "judge"
     for name in settings.metrics:
         if name == "faithfulness" and way != settings.statements:  # calls of another kind
             continue

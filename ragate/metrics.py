@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ragate.errors import ConfigError
-from ragate.judging.sentences import WAY, sentences_of
+from ragate.judging.sentences import WAY, even_parts, sentences_of
 from ragate.run import Claim
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from ragate.journal import CallEntry
     from ragate.run import ItemRecord
@@ -144,7 +144,7 @@ def _faithfulness(record: Record, item: ItemRecord, vectors: Vectors) -> tuple[C
 def _sentence_calls(contexts: int, answer: str) -> int:
     from ragate.schemas import MOST_ITEMS
 
-    return max(1, -(-len(sentences_of(answer)) // MOST_ITEMS))
+    return max(1, len(even_parts(sentences_of(answer), MOST_ITEMS)))
 
 
 def _context_recall(record: Record, item: ItemRecord, vectors: Vectors) -> tuple[Claim, ...]:
@@ -216,6 +216,11 @@ METRICS: dict[str, Metric] = {
         ),
     )
 }
+
+
+def way_of(fingerprint: Mapping[str, str]) -> Statements:
+    """What cut the answers up in a run with this fingerprint."""
+    return "sentences" if "statements" in fingerprint else "judge"
 
 
 def metrics_named(names: Iterable[str], statements: Statements = "judge") -> tuple[Metric, ...]:

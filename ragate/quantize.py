@@ -142,24 +142,13 @@ def _own(documents: Sequence[Sequence[int]]) -> list[int]:
 
 def prompts_for(settings: Settings) -> list[str]:
     """What a judge is asked about the items of the test set by each metric of `settings`."""
-    from ragate.judge import prompts_of
-    from ragate.metrics import metrics_named
+    from ragate.forecast import calls_of
     from ragate.testset import load_testset
 
     items = load_testset(settings.testset, limit=settings.limit).items
     wanted = min(ITEMS, len(items))
     records = [_record(items[i * len(items) // wanted]) for i in range(wanted)]
-
-    async def prompts() -> list[str]:
-        return [
-            prompt
-            for metric in metrics_named(settings.metrics, settings.statements)
-            for record in records
-            if metric.missing(record) is None
-            for prompt in await prompts_of(metric, record)
-        ]
-
-    return asyncio.run(prompts())
+    return [prompt for _, prompt in asyncio.run(calls_of(records, settings))]
 
 
 def _record(item: Item) -> ItemRecord:

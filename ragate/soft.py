@@ -55,12 +55,10 @@ class SoftScores:
         """Raise ConfigError where the calibration is of another judge or prompt than this fingerprint of a run."""
         if self.calibration is None or f"prompt_{self.calibration.metric}" not in fingerprint:
             return
-        from ragate.judging.mapping import command_for
-
         if other := self.calibration.differences(fingerprint):
             raise ConfigError(
                 f"calibration: it is of {self.calibration.judge} with another {', '.join(other)}; "
-                f"calibrate this one with {command_for(self.calibration.metric, fingerprint)}"
+                f"calibrate this one with {self.calibration.command(fingerprint)}"
             )
 
     def _mapped(self, metric: str, probability: float) -> float:

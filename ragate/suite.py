@@ -406,15 +406,12 @@ def strange_calibration(settings: Settings, run: Run) -> tuple[str, ...]:
     calibration = load_known(settings)
     if calibration is None or f"prompt_{calibration.metric}" not in run.fingerprint:
         return ()
-    from ragate.judging.mapping import command_for
-
     other = calibration.differences(run.fingerprint)
     if not other:
         return ()
-    command = command_for(calibration.metric, run.fingerprint)
     return (
         f"the calibration {_shown(settings.calibration)} is of another judge or prompt ({', '.join(other)}) and tells "
-        f"nothing of this one: {command} makes its own",
+        f"nothing of this one: {calibration.command(run.fingerprint)} makes its own",
     )
 
 

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from ragate.errors import ConfigError
 from ragate.files import write_whole
 from ragate.judging.stats import SEED, Floats, Ints, halves
+from ragate.metrics import way_of
 from ragate.run import Frozen
 
 Method = Literal["temperature", "isotonic"]
@@ -158,13 +159,11 @@ class Calibration(Frozen):
             if name not in LOOSE_FIELDS and theirs.get(name) != ours.get(name)
         ]
 
-
-def command_for(metric: str, fingerprint: dict[str, str]) -> str:
-    """The command that measures the judge of a run with this fingerprint on what `metric` is of."""
-    if metric != "faithfulness":
-        return "`ragate judge calibrate --calls relevance`"
-    way = "sentences" if "statements" in fingerprint else "judge"
-    return f"`ragate judge calibrate --statements {way}`"
+    def command(self, fingerprint: dict[str, str]) -> str:
+        """What makes such a calibration for a run with this fingerprint."""
+        faithfulness = self.metric == "faithfulness"
+        option = f"--statements {way_of(fingerprint)}" if faithfulness else "--calls relevance"
+        return f"`ragate judge calibrate {option}`"
 
 
 def _adapter_once(fingerprint: dict[str, str]) -> dict[str, str]:
