@@ -26,9 +26,9 @@ def compiled(bits: int, group: int, kind: int, rows: int, out: int, width: int) 
     blocks = -(-width // (segments * walk.step)) * segments * walk.step // walk.block
     double = kind > 0 or walk.groups > 1
     words = walk.groups // (2 if kind == 0 and walk.groups > 1 else 1)
-    scales = torch.empty(1, 1, 8, words, dtype=torch.int64 if double else torch.int32)
+    scales = torch.empty(1, 1, -(-words // 2), 8, min(words, 2), dtype=torch.int64 if double else torch.int32)
     packed = kernels.PackedQuant(
-        torch.empty(1, blocks, 256), None, scales, bits, group, kind, width, segments
+        torch.empty(1, blocks, 256), None, scales, bits, group, kind, width, segments=segments
     )
     tile = kernels.fitting(kernels.best_tile(rows, out, segments), packed)
     fixed = {
@@ -44,6 +44,7 @@ def compiled(bits: int, group: int, kind: int, rows: int, out: int, width: int) 
         "done": "*i32",
         "low": "*i16",
         "high": "*i16",
+        "post": "fp32",
     }
     types["scales"] = "*i64" if double else "*i32"
     types["x"] = "*bf16" if tile.few else f"tensordesc<bf16[{tile.rows},{walk.block}]>"

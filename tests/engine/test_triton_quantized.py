@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import replace
 from functools import partial
+from itertools import product as product_of
 
 import pytest
 import torch
@@ -25,7 +26,6 @@ from ragate_engine.kernels.triton.quantized import (
     PackedQuant,
     Tile,
     _instructions,
-    _pair,
     best_tile,
     dequantize,
     fitting,
@@ -33,6 +33,7 @@ from ragate_engine.kernels.triton.quantized import (
     packable,
     product,
     quantized,
+    run_of,
     segments_of,
     unpack_quantized,
     unpacked,
@@ -281,17 +282,8 @@ def test_what_the_kernel_does_not_take_is_named(kind: Kind, out: int, width: int
     assert packable(random_weight(kind, out, width)) is expected
 
 
-@pytest.mark.parametrize("value", [128, 136, 160, 2048 + 128, 2048 + 128 + 128])
-def test_constants_are_exact(value: int) -> None:
-    bits = int(_pair(value), 16)
-    assert bits >> 16 == bits & 0xFFFF
-    assert (
-        torch.tensor([bits & 0xFFFF], dtype=torch.int32).to(torch.int16).view(torch.bfloat16).item() == value
-    )
-
-
 def run_ptx(
-    text: str, low: int, right: int, high: int, turn: int, scale: float, beside: float
+    text: str, low: int, right: int, high: int, turn: int, scale: float, beside: float, place: int
 ) -> list[float]:
     """What the instructions make of one pair of words, worked out without a card: the lower half first."""
 
@@ -304,7 +296,7 @@ def run_ptx(
         return both.view(torch.bfloat16).double()
 
     registers = {"$1": low, "$2": right << 16 | right, "$3": high, "$4": turn << 16 | turn}
-    registers |= {"$5": pair(scale), "$6": pair(beside)}
+    registers |= {"$5": pair(scale), "$6": pair(beside), "$7": place << 16 | place}
 
     def value(name: str) -> int:
         return registers[name] if name in registers else int(name, 0)
@@ -352,32 +344,56 @@ def run_ptx(
 @pytest.mark.parametrize("bits", PLANES)
 def test_the_instructions_unpack_every_code_in_every_place(bits: int, kind: int, hopper: bool) -> None:
     low, high = PLANES[bits]
-    planes = 16 // low
-    places = [(i, q) for q in range(low // high if high else 1) for i in range(planes)]
-    scale, zero = 0.0123, (1 << bits) - 2
-    rounded = torch.tensor(scale).bfloat16().double()
-    beside = {CONSTANT: 0.0, ZERO: float(zero + (128 if bits < 8 else 0)), OFFSET: -0.456}[kind]
+    text = _instructions(low, high, kind, hopper)
+    scale, zero, offset = 0.0123, (1 << bits) - 2, -0.456
+    rounded = torch.tensor(scale).bfloat16().double().item()
     codes = range(1 << bits)
-    for i, q in places:
-        field = (q * planes + i) * high
-        text = _instructions(low, high, kind, 128 + (1 << bits - 1 if kind == CONSTANT else 0), hopper)
-        turn = field if high == 4 else (low - field) % 32
+    for plane, share, run in product_of(
+        range(16 // low), range(low // high if high else 1), {1, run_of(bits, 16)}
+    ):
+        place = plane % run * low
+        right = plane * low - place
+        turn = (low - share * high - right) % 32
+        stored = rounded * 2.0 ** (133 - place) / 4
+        beside = {
+            CONSTANT: -(1 << bits - 1) * rounded / 4,
+            ZERO: zero * 2.0 ** (place - 133),
+            OFFSET: offset / 4,
+        }[kind]
         for first, second in zip(codes, reversed(codes), strict=True):
             words = [0xFFFFFFFF, 0xFFFFFFFF]  # neighbours' bits must not matter
             for half, code in ((0, first), (16, second)):
-                for word, at, width, part in ((0, i * low, low, code), (1, field, high, code >> low)):
+                fields = ((0, plane * low, low, code), (1, plane * low + share * high, high, code >> low))
+                for word, at, width, part in fields:
                     mask = (1 << width) - 1
                     words[word] &= ~(mask << half + at)
                     words[word] |= (part & mask) << half + at
-            found = run_ptx(text, words[0], i * low, words[1], turn, scale, beside)
+            found = run_ptx(text, words[0], right, words[1], turn, stored, beside, place)
             for code, weight in zip((first, second), found, strict=True):
                 if kind == CONSTANT:
                     exact = (code - (1 << bits - 1)) * rounded
                 elif kind == ZERO:
                     exact = (code - zero) * rounded
                 else:
-                    exact = code * rounded + torch.tensor(beside).bfloat16().double()
-                assert weight == exact.bfloat16().item(), (i, q, code)
+                    exact = code * rounded + torch.tensor(offset).bfloat16().double().item()
+                assert weight * 4 == torch.tensor(exact).bfloat16().item(), (plane, share, run, code)
+
+
+@pytest.mark.parametrize(
+    "kind", [Kind(2, 16, "offset"), Kind(3, 16), Kind(4, 128, "zero"), Kind(8, 32)], ids=str
+)
+def test_scales_of_any_size_are_stored(kind: Kind) -> None:
+    for size in (1.0, 2.0**-30, 2.0**20):
+        weight = random_weight(kind, 32, 256)
+        offsets = None if weight.offsets is None else weight.offsets * size
+        weight = replace(weight, scales=weight.scales * size, offsets=offsets)
+        packed = packed_of([weight])
+        assert (packed.power > 0) is (size > 1)
+        assert torch.equal(dequantize(packed), half_scales(weight).bfloat16())
+        if not torch.cuda.is_available():
+            x = torch.randn(5, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+            found = product(x, packed, None, True, None, None, tile=TILES[0]).double()
+            assert torch.allclose(found, x.double() @ half_scales(weight).T, rtol=1e-3, atol=1e-4 * size)
 
 
 @interpreted

@@ -3,8 +3,10 @@
 Shapes: x [M, K], W [N, K], y [M, N]. Moves at least the codes, N K bits / 8 bytes; does 2 M N K operations.
 Plan: the product is computed transposed, W x^T, since the left operand of a warp's product may come from registers.
 Words lie in memory as the tensor cores want their codes: 16 bytes of one thread are its share of 16 rows and some
-columns, so that no code changes its thread. Two codes are unpacked at once: shift, mask, and an exponent laid over them
-(0x4300 | q is 128 + q in bfloat16), then (q - zero) * scale or q * scale + offset, rounded once.
+columns, so that no code changes its thread. Two codes are unpacked at once by shift and mask: bits 0 to 7 of a bfloat16
+are the number q 2^-133 (the subnormal ones and the first exponent have one step), and the stored scale makes up for
+that. Then q * scale + offset or (q - zero) * scale, rounded once. Codes of few bits need no shift each, where their
+group's scale makes up for their place as well. What the largest scale leaves no room for is made up for in the end.
 Bits: one chain of 16-wide products along K, as in the plain product, whose bits these are. A weight that is narrow and
 long has too few rows to keep the card busy: its K is cut into SEGMENTS, of one chain each, that are added in their
 order. What cuts it is its shape, never the number of rows of x:
@@ -15,12 +17,13 @@ order. What cuts it is its shape, never the number of rows of x:
 
 Words: of LOW = 4 or 2 bits of each code, P = 16 / LOW planes of 16 columns are a block. Word (g, t, c, h, e) of a block
 is of row 8 h + g and has bits i LOW of column 16 i + 8 c + 2 t + e. What is above the low bits (HIGH = 0, 1, 2 or 4
-bits) lies in words of its own, of LOW / HIGH blocks each. Scales of rows g and 8 + g share an int32, and so does what
-stands beside them.
+bits) lies in words of its own, of LOW / HIGH blocks each: those of block q have bit i LOW + q HIGH of column i. Scales
+of rows g and 8 + g share an int32, and so does what stands beside them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +41,8 @@ PLANES = {2: (2, 0), 3: (2, 1), 4: (4, 0), 5: (4, 1), 6: (4, 2), 8: (4, 4)}
 """LOW and HIGH of codes by their bits."""
 CONSTANT, ZERO, OFFSET = 0, 1, 2
 """What stands beside a scale: nothing (zero is half the range), the zero, the offset."""
+LEAST = 133
+"""2^-LEAST is the bfloat16 whose bits are 1."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +54,16 @@ class PackedQuant:
     high: torch.Tensor | None
     """int16 [N / 16, blocks LOW / HIGH, 256]."""
     scales: torch.Tensor
-    """[N / 16, sets, 8, words]: bfloat16 of row g and of row 8 + g are 4 bytes; a word is such a pair of scales and the
-    pair beside it, or two pairs of scales, int64, or the only pair of scales, int32. A set is of one group, or of the
-    groups of a block where it has several."""
+    """[N / 16, sets, loads, 8, 1 or 2]: bfloat16 of row g and of row 8 + g are 4 bytes; a word is such a pair of scales
+    and the pair beside it, or two pairs of scales, int64, or the only pair of scales, int32. A set is of one group, or
+    of the groups of a block where it has several. Rows lie side by side, so that a load leaves no gaps."""
     bits: int
     group: int
     kind: int
     columns: int
     """K."""
+    power: int = 0
+    """Codes and scales make W / 2^power."""
     segments: int = 1
     """S: segment s begins at column s K' / S, K' being the columns of all blocks."""
     done: torch.Tensor | None = None
@@ -91,6 +98,12 @@ STEP = 128
 """K is padded to whole steps of so many columns in each segment, or of as many as share words of high bits."""
 UNPACK_ROWS = 2048
 """From so many rows on the weights are unpacked first."""
+
+
+def run_of(bits: int, group: int) -> int:
+    """How many planes of a block one shift unpacks: codes that fit in 8 bits side by side, with scales of their own."""
+    low, _ = PLANES[bits]
+    return (8 - bits) // low + 1 if group == 16 else 1
 
 
 class Walk(NamedTuple):
@@ -167,7 +180,7 @@ def _pack(weights: list[QuantTensor], gated: bool) -> PackedQuant:
         kind, beside = OFFSET, stacked([w.offsets for w in weights if w.offsets is not None])
         zeros = torch.round(-beside / torch.where(scales == 0, 1, scales))
         if torch.equal(-zeros * scales, beside) and bool(((zeros >= 0) & (zeros < 1 << bits)).all()):
-            kind, beside = ZERO, zeros + (128 if bits < 8 else 0)
+            kind, beside = ZERO, zeros
     codes = stacked([w.codes for w in weights]).to(torch.int16) + signed
     segments = 1 if gated else segments_of(*codes.shape)
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (segments * walk.step)))
@@ -178,19 +191,34 @@ def _pack(weights: list[QuantTensor], gated: bool) -> PackedQuant:
     highs = None
     if high:
         share = low // high
-        above = (fields >> low).unflatten(3, (-1, share)).flatten(4, 5)
+        above = (fields >> low).unflatten(3, (-1, share)).transpose(4, 5).flatten(4, 5)
         highs = _words([above[:, :, :, :, i] << i * high for i in range(16 // high)])
     sets = -(-codes.shape[1] // max(group, walk.block))
-    parts = [_pairs(part, sets, walk.groups) for part in (scales, beside) if part is not None]
-    pairs = torch.stack(parts, dim=4).flatten(3).contiguous()
+    scales = scales.bfloat16()
+    power = max(0, math.frexp(float(scales.abs().max()))[1] + LEAST - 128)
+    factors = _factors(bits, group, power, scales.shape[1], codes.device)
+    parts = [(scales * factors).bfloat16()]
+    if beside is not None:
+        parts.append(
+            (beside.bfloat16() * (1 / factors / 2**power if kind == ZERO else 2.0**-power)).bfloat16()
+        )
+    pairs = torch.stack([_pairs(part, sets, walk.groups) for part in parts], dim=4).flatten(3)
     done = None
     if segments > 1:  # tiles of no fewer than 64 rows and columns
         done = torch.zeros(-(-len(codes) // 64) * (UNPACK_ROWS // 64), dtype=torch.int32, device=codes.device)
     if pairs.shape[3] > 1:
-        pairs = pairs.view(torch.int64)
+        pairs = pairs.contiguous().view(torch.int64)
+    pairs = pairs.unflatten(3, (-1, min(2, pairs.shape[3]))).transpose(2, 3).contiguous()
     return PackedQuant(
-        lows, highs, pairs, bits, group, kind, first.shape[1], segments, done, first.order, gated
+        lows, highs, pairs, bits, group, kind, first.shape[1], power, segments, done, first.order, gated
     )
+
+
+def _factors(bits: int, group: int, power: int, groups: int, device: torch.device) -> torch.Tensor:
+    """What a row's scales are stored with, by where their codes stand: float64 [groups]."""
+    low, _ = PLANES[bits]
+    places = [i % (16 // low) % run_of(bits, group) * low for i in range(groups)]
+    return torch.tensor([2.0 ** (LEAST - power - at) for at in places], dtype=torch.float64, device=device)
 
 
 def _words(fields: list[torch.Tensor]) -> torch.Tensor:
@@ -202,15 +230,9 @@ def _words(fields: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _pairs(values: torch.Tensor, sets: int, groups: int) -> torch.Tensor:
-    """float32 [N, groups of K] -> bfloat16 of rows g and 8 + g as int32 [N / 16, sets, 8, groups of a set]."""
+    """bfloat16 [N, groups of K] -> those of rows g and 8 + g as int32 [N / 16, sets, 8, groups of a set]."""
     padded = torch.nn.functional.pad(values, (0, sets * groups - values.shape[1]))
-    halves = (
-        padded.bfloat16()
-        .view(torch.int16)
-        .to(torch.int32)
-        .unflatten(0, (-1, 2, 8))
-        .unflatten(3, (-1, groups))
-    )
+    halves = padded.view(torch.int16).to(torch.int32).unflatten(0, (-1, 2, 8)).unflatten(3, (-1, groups))
     pairs: torch.Tensor = halves[:, 0] & 0xFFFF | halves[:, 1] << 16
     return pairs.transpose(1, 2)
 
@@ -218,31 +240,37 @@ def _pairs(values: torch.Tensor, sets: int, groups: int) -> torch.Tensor:
 def dequantize(packed: PackedQuant) -> torch.Tensor:
     """The reference: the bfloat16 weights [N, K] that the kernels multiply with, in the packed order of rows."""
     low, high = PLANES[packed.bits]
+    share = walk_of(packed.bits, packed.group).share
 
     def fields_of(words: torch.Tensor, bits: int) -> torch.Tensor:
-        """[N / 16, blocks, g t c h e] -> [N / 16, h, g, planes, c, t, e]."""
+        """[N / 16, blocks, g t c h e] -> [N / 16, h, g, blocks, fields, c, t, e]."""
         each = words.to(torch.int32).unflatten(2, (8, 4, 2, 2, 2)).permute(0, 5, 2, 1, 4, 3, 6)
-        return torch.stack([each >> i * bits & (1 << bits) - 1 for i in range(16 // bits)], dim=4).flatten(
-            3, 4
-        )
+        return torch.stack([each >> i * bits & (1 << bits) - 1 for i in range(16 // bits)], dim=4)
 
     codes = fields_of(packed.low, low)
     if packed.high is not None:
-        codes = codes + (fields_of(packed.high, high) << low)
+        above = fields_of(packed.high, high).unflatten(4, (-1, share)).transpose(4, 5).flatten(3, 4)
+        codes = codes + (above << low)
     codes = codes.flatten(3).flatten(0, 2)[:, : packed.columns]
 
-    def spread(pairs: torch.Tensor) -> torch.Tensor:
-        halves = torch.stack([pairs, pairs >> 16], dim=1).to(torch.int16).view(torch.bfloat16)
-        values = halves.transpose(2, 3).flatten(3).flatten(0, 2)
-        return values.repeat_interleave(packed.group, dim=1)[:, : packed.columns].double()
+    def halves(pairs: torch.Tensor) -> torch.Tensor:
+        """[N / 16, sets, 8, words] -> float64 [N, groups of K]."""
+        each = torch.stack([pairs, pairs >> 16], dim=1).to(torch.int16).view(torch.bfloat16)
+        return each.transpose(2, 3).flatten(3).flatten(0, 2).double()
 
-    pairs = packed.scales.view(torch.int32)
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        return values.repeat_interleave(packed.group, dim=1)[:, : packed.columns]
+
+    pairs = packed.scales.transpose(2, 3).flatten(3).view(torch.int32)
+    scales = halves(pairs if packed.kind == CONSTANT else pairs[..., ::2])
+    factors = _factors(packed.bits, packed.group, packed.power, scales.shape[1], scales.device)
+    scales = spread(scales / factors)
     if packed.kind == CONSTANT:
-        return ((codes - (1 << packed.bits - 1)) * spread(pairs)).bfloat16()
-    scales, beside = spread(pairs[..., ::2]), spread(pairs[..., 1::2])
+        return ((codes - (1 << packed.bits - 1)) * scales).bfloat16()
+    beside = halves(pairs[..., 1::2]) * 2.0**packed.power
     if packed.kind == ZERO:
-        return ((codes - (beside - (128 if packed.bits < 8 else 0))) * scales).bfloat16()
-    return (codes * scales + beside).bfloat16()
+        return ((codes - spread(beside * factors)) * scales).bfloat16()
+    return (codes * scales + spread(beside)).bfloat16()
 
 
 def unpack_quantized(parts: tuple[PackedQuant, ...]) -> torch.Tensor:
@@ -268,90 +296,86 @@ class Tile(NamedTuple):
 
 
 @triton.constexpr_function
-def _instructions(LOW, HIGH, KIND, CONST, HOPPER):
+def _instructions(LOW, HIGH, KIND, HOPPER):
     """PTX of two neighbouring weights, all operands in pairs: $0 from low words $1 shifted right by $2, high words $3
-    shifted by $4 (HIGH = 4) or turned left by it, scales $5, and $6 beside them.
+    turned left by $4, scales $5, and $6 beside them; the code then stands at bit $7.
 
-    Cards before Hopper know bfloat16 only in fused steps, which round the same sums and products."""
-
-    def subtract(value: str, other: str) -> list[str]:
-        if HOPPER:
-            return [f"sub.rn.bf16x2 {value}, {value}, {other};"]
-        return [f"xor.b32 v, {other}, 0x80008000;", f"fma.rn.bf16x2 {value}, {value}, one, v;"]
-
-    mask = (1 << LOW) - 1
-    code = ["mov.b32 one, 0x3f803f80;", "mov.b32 none, 0x80008000;"] if not HOPPER else []
-    code += ["and.b32 s, $2, 31;", "shr.b32 t, $1, s;"]
-    code += [f"lop3.b32 t, t, {mask << 16 | mask:#x}, 0x43004300, 0xea;"]
-    if HIGH in (1, 2):
-        above = ((1 << HIGH) - 1) << LOW
-        code += [
-            "and.b32 s, $4, 31;",
-            "shf.l.wrap.b32 u, $3, $3, s;",
-            f"lop3.b32 t, u, {above << 16 | above:#x}, t, 0xea;",
-        ]
-    if HIGH == 4:
-        # 0x4500 | h is 2048 + 16 h; the sum of both halves is exact below 256
-        code += [
-            "and.b32 s, $4, 31;",
-            "shr.b32 u, $3, s;",
-            "lop3.b32 u, u, 0x000f000f, 0x45004500, 0xea;",
-            f"mov.b32 c, {_pair(2048 + CONST)};",
-            *subtract("u", "c"),
-            "add.rn.bf16x2 t, t, u;" if HOPPER else "fma.rn.bf16x2 t, u, one, t;",
-        ]
-    if KIND == 1:
-        code += subtract("t", "$6")
-    elif HIGH != 4:
-        code += [f"mov.b32 c, {_pair(CONST)};", *subtract("t", "c")]
-    if KIND == 2:
+    Cards before Hopper know bfloat16 only in fused steps, which round the same differences and products."""
+    low, high = (1 << LOW) - 1, ((1 << HIGH) - 1) << LOW
+    code = ["and.b32 s, $2, 31;", "shr.b32 t, $1, s;", "and.b32 s, $7, 31;"]
+    code += [f"shl.b32 v, {low << 16 | low:#x}, s;", "and.b32 t, t, v;"]
+    if HIGH > 0:
+        code += [f"shl.b32 v, {high << 16 | high:#x}, s;", "and.b32 s, $4, 31;"]
+        code += ["shf.l.wrap.b32 u, $3, $3, s;", "lop3.b32 t, u, v, t, 0xea;"]
+    if KIND != 1:
         code += ["fma.rn.bf16x2 $0, t, $5, $6;"]
+    elif HOPPER:
+        code += ["sub.rn.bf16x2 t, t, $6;", "mul.rn.bf16x2 $0, t, $5;"]
     else:
-        code += ["mul.rn.bf16x2 $0, t, $5;" if HOPPER else "fma.rn.bf16x2 $0, t, $5, none;"]
-    return "{\n.reg .b32 t, u, c, s, v, one, none;\n" + "\n".join(code) + "\n}"
-
-
-@triton.constexpr_function
-def _pair(value):
-    """A small whole number as two equal bfloat16, in hexadecimal."""
-    mantissa, exponent = value, 127 + 7
-    while mantissa >= 256:
-        mantissa, exponent = mantissa // 2, exponent + 1
-    while mantissa < 128:
-        mantissa, exponent = mantissa * 2, exponent - 1
-    bits = exponent << 7 | mantissa - 128
-    return f"{bits << 16 | bits:#x}"
+        code += ["mov.b32 u, 0x3f803f80;", "xor.b32 v, $6, 0x80008000;", "fma.rn.bf16x2 t, t, u, v;"]
+        code += ["mov.b32 v, 0x80008000;", "fma.rn.bf16x2 $0, t, $5, v;"]
+    return "{\n.reg .b32 t, u, s, v;\n" + "\n".join(code) + "\n}"
 
 
 @triton.jit
-def _scales(at, T: tl.constexpr, GROUPS: tl.constexpr, KIND: tl.constexpr):
+def _scales(
+    at, T: tl.constexpr, LOW: tl.constexpr, GROUPS: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
     """A set's scales and what stands beside them from `at` [T * 8, 1], bfloat16 [T * 8, 1, GROUPS, 1, 1, 2, 1].
 
-    Each 8 bytes are loaded by themselves and then chosen by their group: which register that is, is known in advance.
+    Two words at most are loaded at once and then chosen by their group: which register that is, is known in advance.
+    A load of more has more elements than threads: the compiler would not repeat it in the layout of the codes.
     """
-    group = tl.arange(0, GROUPS).reshape(1, 1, GROUPS, 1, 1, 1, 1)
-    EACH: tl.constexpr = 1 if KIND > 0 or GROUPS == 1 else 2
-    for i in tl.static_range(GROUPS // EACH):
-        words = tl.load(at + i).reshape(T * 8, 1, 1, 1, 1, 1, 1)
-        first = words.to(tl.int32)
-        second = (words >> 32).to(tl.int32) if KIND > 0 or GROUPS > 1 else first
-        if KIND > 0:
-            if i == 0:
-                scale, beside = first, second
-            else:
-                scale, beside = tl.where(group == i, first, scale), tl.where(group == i, second, beside)
-        else:
-            scale = first if i == 0 else tl.where(group == EACH * i, first, scale)
-            if GROUPS > 1:
-                scale = tl.where(group == EACH * i + 1, second, scale)
-            beside = scale
-    return _halves(scale), _halves(beside)
+    WORDS: tl.constexpr = GROUPS if KIND > 0 or GROUPS == 1 else GROUPS // 2
+    scale = tl.zeros((T * 8, 1, GROUPS, 1, 1, 1, 1), tl.int32)
+    beside = scale
+    if WORDS == 1:
+        scale, beside = _chosen(scale, beside, tl.load(at), 0, GROUPS, KIND)
+    else:
+        for i in tl.static_range(0, WORDS, 2):
+            one, other = tl.split(tl.load(at + (8 * i + tl.arange(0, 2)[None, :])))
+            scale, beside = _chosen(scale, beside, one, i, GROUPS, KIND)
+            scale, beside = _chosen(scale, beside, other, i + 1, GROUPS, KIND)
+    if KIND == 0 and ASM > 0:  # the scale by -zero, which is a code at its place
+        RUN: tl.constexpr = (8 - BITS) // LOW + 1 if GROUPS == 16 // LOW else 1
+        place = tl.arange(0, GROUPS).reshape(1, 1, GROUPS, 1, 1, 1, 1) % RUN * LOW
+        zero = 0x8000 | (1 << BITS - 1) << place
+        beside = tl.inline_asm_elementwise(
+            "{\n.reg .b32 none;\nmov.b32 none, 0x80008000;\nfma.rn.bf16x2 $0, $1, $2, none;\n}",
+            "=r,r,r",
+            [scale, tl.broadcast_to(zero << 16 | zero, scale.shape)],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return _halves(scale, ASM), _halves(beside, ASM)
 
 
 @triton.jit
-def _halves(pairs):
-    """bfloat16 of rows g (lower half) and 8 + g along dimension 5."""
+def _chosen(scale, beside, word, i: tl.constexpr, GROUPS: tl.constexpr, KIND: tl.constexpr):
+    """Pairs of scales and what is beside them, with what word `i` of a set holds in its place."""
+    group = tl.arange(0, GROUPS).reshape(1, 1, GROUPS, 1, 1, 1, 1)
+    word = word.reshape(scale.shape[0], 1, 1, 1, 1, 1, 1)
+    first = word.to(tl.int32)
+    if KIND > 0:
+        scale = tl.where(group == i, first, scale)
+        beside = tl.where(group == i, (word >> 32).to(tl.int32), beside)
+    elif GROUPS == 1:
+        scale = tl.where(group == i, first, scale)
+    else:
+        scale = tl.where(group == 2 * i, first, scale)
+        scale = tl.where(group == 2 * i + 1, (word >> 32).to(tl.int32), scale)
+    return scale, beside
+
+
+@triton.jit
+def _halves(pairs, ASM: tl.constexpr):
+    """bfloat16 of rows g (lower half) and 8 + g along dimension 5; interpreted float32, since the interpreter makes
+    nothing of subnormal bfloat16."""
     h = tl.arange(0, 2).reshape(1, 1, 1, 1, 1, 2, 1)
+    if ASM == 0:
+        return tl.where(h == 0, pairs << 16, pairs >> 16 << 16).to(tl.float32, bitcast=True)
     return tl.where(h == 0, pairs, pairs >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
@@ -361,45 +385,47 @@ def _weights(
     GROUPS: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One block of T tiles of 16 rows: words [T * 32, 8] and what `_scales` gives -> bfloat16 [T, 16, B]. FIRST is the
-    block's first plane in its high words.
+    first of the block's bits in its high words.
 
     The order of dimensions is what lets the compiler leave every code in its register. Interpreted the weights stay
     float32: the interpreter neither rounds to bfloat16 nor multiplies it."""
     P: tl.constexpr = 16 // LOW
     shape: tl.constexpr = [T * 8, 4, GROUPS, P // GROUPS, 2, 2, 2]
+    RUN: tl.constexpr = (8 - BITS) // LOW + 1 if GROUPS == P else 1
     plane = tl.arange(0, P).reshape(1, 1, GROUPS, P // GROUPS, 1, 1, 1)
-    right = plane * LOW
-    turn = (FIRST + plane) * HIGH
+    place = plane % RUN * LOW
+    right = plane * LOW - place
+    turn = (LOW - FIRST - right) & 31
     low = tl.broadcast_to(low.reshape(T * 8, 4, 1, 1, 2, 2, 2), shape)
     high = tl.broadcast_to(high.reshape(T * 8, 4, 1, 1, 2, 2, 2), shape)
     scale = tl.broadcast_to(scale, shape)
     beside = tl.broadcast_to(beside, shape)
     if ASM > 0:
-        CONST: tl.constexpr = 128 + (2 ** (BITS - 1) if KIND == 0 else 0)
-        words: tl.constexpr = _instructions(LOW, HIGH, KIND, CONST, ASM > 1)
-        if HIGH < 4:
-            turn = (LOW - turn) & 31
+        words: tl.constexpr = _instructions(LOW, HIGH, KIND, ASM > 1)
         right = tl.broadcast_to(right.to(tl.int16), shape)
         turn = tl.broadcast_to(turn.to(tl.int16), shape)
+        place = tl.broadcast_to(place.to(tl.int16), shape)
         value = tl.inline_asm_elementwise(
             words,
-            "=r,r,r,r,r,r,r",
-            [low, right, high, turn, scale, beside],
+            "=r,r,r,r,r,r,r,r",
+            [low, right, high, turn, scale, beside, place],
             dtype=tl.bfloat16,
             is_pure=True,
             pack=2,
         )
     else:
-        code = (low.to(tl.int32) >> right) & ((1 << LOW) - 1)
+        code = (low.to(tl.int32) >> plane * LOW) & ((1 << LOW) - 1)
         if HIGH > 0:
-            code += ((high.to(tl.int32) >> turn) & ((1 << HIGH) - 1)) << LOW
+            code += ((high.to(tl.int32) >> plane * LOW + FIRST) & ((1 << HIGH) - 1)) << LOW
         value = code.to(tl.float32)
+        unit = (1 << place).to(tl.float32) * 2.0**-133
+        scale = scale * unit
         if KIND == 0:
-            value = (value - 2 ** (BITS - 1)) * scale.to(tl.float32)
+            value = (value - 2 ** (BITS - 1)) * scale
         elif KIND == 1:
-            value = (value + (128 if BITS < 8 else 0) - beside.to(tl.float32)) * scale.to(tl.float32)
+            value = (value - beside / unit) * scale
         else:
-            value = value * scale.to(tl.float32) + beside.to(tl.float32)
+            value = value * scale + beside
     # [T, g, t, planes, c, h, e] -> [T, h, g, planes, c, t, e]
     value = value.reshape(T, 8, 4, P, 2, 2, 2).permute(0, 5, 1, 3, 4, 2, 6)
     return value.reshape(T, 16, 16 * P)
@@ -427,10 +453,11 @@ def _settled(acc, ASM: tl.constexpr):
 
 @triton.jit
 def _store(
-    acc, bias, y, m, n, M, N, stride, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr,
+    acc, post, bias, y, m, n, M, N, stride, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
-    """The tile of y whose transpose is `acc` [BN, BM], from row m and column n on."""
+    """The tile of y whose transpose is `acc` [BN, BM] times `post`, from row m and column n on."""
+    acc *= post
     rows = m + tl.arange(0, BM)
     columns = n + tl.arange(0, BN)
     at = y + rows[:, None].to(tl.int64) * stride
@@ -448,10 +475,11 @@ def _store(
 
 @triton.jit(do_not_specialize=["M"])
 def _few(
-    x, low, high, scales, bias, y, count, M, N, K, SPAN, stride, BM: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
-    BLOCKS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    GROUPS: tl.constexpr, KIND: tl.constexpr, EVEN: tl.constexpr, COUNTED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    GATED: tl.constexpr, GELU: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    x, low, high, scales, post, bias, y, count, M, N, K, SPAN, stride, BM: tl.constexpr, BN: tl.constexpr,
+    S: tl.constexpr, BLOCKS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, KIND: tl.constexpr, EVEN: tl.constexpr, COUNTED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A program has BN rows of W. Where there are segments, each of its warps has one, and they meet in the end."""
     B: tl.constexpr = 256 // LOW
@@ -487,7 +515,7 @@ def _few(
     line = tl.arange(0, T * 8)
     line_segment = line // 8 % S
     line_tile = tl.minimum(tl.program_id(0) * R + line // (8 * S), N // 16 - 1)
-    scale_at = scales + ((line_tile * (8 * sets) + line % 8) * WORDS)[:, None]
+    scale_at = scales + (line_tile * (8 * sets) * WORDS + line % 8 * (2 if WORDS > 1 else 1))[:, None]
     rows = m + tl.arange(0, BM)
     ks = tl.arange(0, B)
     if S == 1:
@@ -511,10 +539,10 @@ def _few(
             if i % ALIKE == 0:
                 block = line_segment * blocks + b + i
                 set_at = block * B // GROUP if GROUPS == 1 else block
-                scale, beside = _scales(scale_at + (set_at * (8 * WORDS))[:, None], T, GROUPS, KIND)
-            w = _weights(
-                words, above, scale, beside, T, i % Q * (16 // LOW), LOW, HIGH, GROUPS, KIND, BITS, ASM
-            )
+                scale, beside = _scales(
+                    scale_at + (set_at * (8 * WORDS))[:, None], T, LOW, GROUPS, KIND, BITS, ASM
+                )
+            w = _weights(words, above, scale, beside, T, i % Q * HIGH, LOW, HIGH, GROUPS, KIND, BITS, ASM)
             if EVEN:
                 a = tl.load(x_at + (b + i) * B, inside, 0.0)
             else:
@@ -528,12 +556,12 @@ def _few(
                 acc = tl.dot(w, a.permute(0, 2, 1), acc, input_precision="ieee")
     if S > 1:
         acc = _in_order(acc.permute(1, 2, 0))
-    _store(acc, bias, y, m, tl.program_id(0) * BN, M, N, stride, BM, BN, HAS_BIAS, GATED, GELU)
+    _store(acc, post, bias, y, m, tl.program_id(0) * BN, M, N, stride, BM, BN, HAS_BIAS, GATED, GELU)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _many(
-    x, low, high, scales, bias, y, count, sums, done, M, N, K, SPAN, stride, BM: tl.constexpr, BN: tl.constexpr,
+    x, low, high, scales, post, bias, y, count, sums, done, M, N, K, SPAN, stride, BM: tl.constexpr, BN: tl.constexpr,
     S: tl.constexpr, BLOCKS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, GROUPS: tl.constexpr, KIND: tl.constexpr, COUNTED: tl.constexpr, HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr, GELU: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
@@ -572,7 +600,7 @@ def _many(
     sets = tl.cdiv(S * SPAN, GROUP) if GROUPS == 1 else S * blocks
     line = tl.arange(0, T * 8)
     line_tile = tl.minimum(n // 16 + line // 8, N // 16 - 1)
-    scale_at = scales + ((line_tile * (8 * sets) + line % 8) * WORDS)[:, None]
+    scale_at = scales + (line_tile * (8 * sets) * WORDS + line % 8 * (2 if WORDS > 1 else 1))[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
     for b in tl.range(segment * blocks, segment * blocks + blocks, BLOCKS, num_stages=STAGES):
         for i in tl.static_range(BLOCKS):
@@ -583,10 +611,8 @@ def _many(
                 above = tl.load(high_at + (b + i) // Q * 256)
             if i % ALIKE == 0:
                 set_at = (b + i) * B // GROUP if GROUPS == 1 else b + i
-                scale, beside = _scales(scale_at + set_at * (8 * WORDS), T, GROUPS, KIND)
-            w = _weights(
-                words, above, scale, beside, T, i % Q * (16 // LOW), LOW, HIGH, GROUPS, KIND, BITS, ASM
-            )
+                scale, beside = _scales(scale_at + set_at * (8 * WORDS), T, LOW, GROUPS, KIND, BITS, ASM)
+            w = _weights(words, above, scale, beside, T, i % Q * HIGH, LOW, HIGH, GROUPS, KIND, BITS, ASM)
             a = x.load([m, (b + i) * B])
             if ASM == 0:
                 a = a.to(tl.float32)
@@ -604,7 +630,7 @@ def _many(
             tl.atomic_xchg(done + own, segment + 1, sem="release")
             return
         tl.atomic_xchg(done + own, 0, sem="relaxed")
-    _store(acc, bias, y, m, n, M, N, stride, BM, BN, HAS_BIAS, GATED, GELU)
+    _store(acc, post, bias, y, m, n, M, N, stride, BM, BN, HAS_BIAS, GATED, GELU)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -637,12 +663,12 @@ def _summed(
                 a, b = a.to(tl.float32), b.to(tl.float32)
             acc = tl.dot(a, b.T, acc, input_precision="ieee")
         total += acc
-    _store(total.T, bias, y, m, n, M, N, stride, BM, BN, HAS_BIAS, False, False)
+    _store(total.T, 1.0, bias, y, m, n, M, N, stride, BM, BN, HAS_BIAS, False, False)
 
 
 @triton.jit
 def _dense(
-    low, high, scales, w, N, K, columns, BN: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    low, high, scales, post, w, N, K, columns, BN: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, KIND: tl.constexpr, BLOCKS: tl.constexpr,
     GATED: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -666,7 +692,7 @@ def _dense(
     sets = tl.cdiv(columns, GROUP) if GROUPS == 1 else blocks
     line = tl.arange(0, T * 8)
     line_tile = tl.minimum(tl.program_id(1) * T + line // 8, N // 16 - 1)
-    scale_at = scales + ((line_tile * (8 * sets) + line % 8) * WORDS)[:, None]
+    scale_at = scales + (line_tile * (8 * sets) * WORDS + line % 8 * (2 if WORDS > 1 else 1))[:, None]
     rows = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = (rows < N)[:, None]
     if GATED:  # 8 of gate and 8 of up become gate 0, up 0, gate 1, up 1, ...
@@ -680,12 +706,11 @@ def _dense(
             above = tl.load(high_at + (b + i) // Q * 256)
         if i % ALIKE == 0:
             set_at = (b + i) * B // GROUP if GROUPS == 1 else b + i
-            scale, beside = _scales(scale_at + set_at * (8 * WORDS), T, GROUPS, KIND)
-        part = _weights(
-            words, above, scale, beside, T, i % Q * (16 // LOW), LOW, HIGH, GROUPS, KIND, BITS, ASM
-        )
+            scale, beside = _scales(scale_at + set_at * (8 * WORDS), T, LOW, GROUPS, KIND, BITS, ASM)
+        part = _weights(words, above, scale, beside, T, i % Q * HIGH, LOW, HIGH, GROUPS, KIND, BITS, ASM)
         column = (b + i) * B + tl.arange(0, B)
-        tl.store(at + column[None, :], part.reshape(BN, B).to(tl.bfloat16), inside & (column < K)[None, :])
+        weights = (part.reshape(BN, B).to(tl.float32) * post).to(tl.bfloat16)
+        tl.store(at + column[None, :], weights, inside & (column < K)[None, :])
 
 
 def unpacked(packed: PackedQuant) -> torch.Tensor:
@@ -696,9 +721,9 @@ def unpacked(packed: PackedQuant) -> torch.Tensor:
     columns = packed.low.shape[1] * walk.block
     w = torch.empty(N, K, dtype=torch.bfloat16, device=packed.low.device)
     _dense[(columns // walk.step, triton.cdiv(N, 64))](
-        packed.low, packed.low if packed.high is None else packed.high, packed.scales, w, N, K, columns, 64, low, high,
-        packed.bits, packed.group, walk.groups, packed.kind, walk.step // walk.block, packed.gated, device.ASM,
-        device.PDL, num_warps=4, **device.launch(),
+        packed.low, packed.low if packed.high is None else packed.high, packed.scales, 2.0**packed.power, w, N, K,
+        columns, 64, low, high, packed.bits, packed.group, walk.groups, packed.kind, walk.step // walk.block,
+        packed.gated, device.ASM, device.PDL, num_warps=4, **device.launch(),
     )  # fmt: skip
     return w
 
@@ -735,7 +760,8 @@ def fitting(tile: Tile, packed: PackedQuant) -> Tile:
         inner //= 2
     tile = tile._replace(inner=inner)
     sets = max(1, inner // max(packed.group, walk.block))
-    words = 2 * packed.bits * inner + 32 * packed.scales.shape[3] * packed.scales.element_size() * sets
+    row = packed.scales.shape[2] * packed.scales.shape[4] * packed.scales.element_size()
+    words = 2 * packed.bits * inner + 32 * row * sets
     while True:
         stage = segments * (2 * tile.rows * inner + tile.columns // 16 * words)
         stages = min(tile.stages, (device.shared_memory() - 1024) // stage)
@@ -772,8 +798,8 @@ def product(
     gelu = activation is not None and activation != "silu"
     tiles_m, tiles_n = triton.cdiv(M, tile.rows), triton.cdiv(N, tile.columns)
     operands = (
-        packed.low, packed.low if packed.high is None else packed.high, packed.scales, x if bias is None else bias, y,
-        x if rows is None else rows,
+        packed.low, packed.low if packed.high is None else packed.high, packed.scales, 2.0**packed.power,
+        x if bias is None else bias, y, x if rows is None else rows,
     )  # fmt: skip
     sizes = (
         M, N, K, span, y.stride(0), tile.rows, tile.columns, S, tile.inner // walk.block, low, high, packed.bits,
