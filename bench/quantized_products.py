@@ -72,7 +72,7 @@ def product_times(
     linear = importlib.import_module("ragate_engine.kernels.triton.linear")
     quantized = importlib.import_module("ragate_engine.kernels.triton.quantized")
     int8 = importlib.import_module("ragate_engine.kernels.triton.int8")
-    x = torch.randn(max(16, rows), width, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(max(8, rows), width, device="cuda", dtype=torch.bfloat16)
     real = torch.tensor([rows], device="cuda", dtype=torch.int32)
     activation = "silu" if gated else None
     works: dict[str, list[Callable[[], object]]] = {}

@@ -49,7 +49,7 @@ from ragate_engine.steps import Chosen, Flight, Ints, adapters_of, step_rows
 
 FIELDS = 5
 """ids, positions, slots, row_table, part_of; and adapter, where any row has one."""
-BUCKETS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+BUCKETS = (8, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 ONLY_SMALL = 1024
 """Rows up to which it pays not to launch attention kernels that have nothing to do."""
 MAX_PARTS = 16384

@@ -28,9 +28,16 @@ def compiled(bits: int, group: int, kind: int, rows: int, out: int, width: int) 
     words = walk.groups // (2 if kind == 0 and walk.groups > 1 else 1)
     scales = torch.empty(1, 1, -(-words // 2), 8, min(words, 2), dtype=torch.int64 if double else torch.int32)
     packed = kernels.PackedQuant(
-        torch.empty(1, blocks, 256), None, scales, bits, group, kind, width, segments=segments
+        torch.empty(1, 1, 1).expand(out // 16, blocks, 256),
+        None,
+        scales,
+        bits,
+        group,
+        kind,
+        width,
+        segments=segments,
     )
-    tile = kernels.fitting(kernels.best_tile(rows, out, segments), packed)
+    tile = kernels.best_tile(rows, packed)
     fixed = {
         "BM": tile.rows, "BN": tile.columns, "S": segments, "BLOCKS": tile.inner // walk.block, "LOW": low,
         "HIGH": high, "BITS": bits, "GROUP": group, "GROUPS": walk.groups, "KIND": kind, "COUNTED": True,

@@ -138,7 +138,7 @@ def test_every_tile_gives_the_same_bits(case: Case) -> None:
 @pytest.mark.parametrize(
     "case", [Case(576, 960), Case(576, 960, wide=True), Case(576, 3072, activation="silu")], ids=name_of
 )
-@pytest.mark.parametrize("bucket", [16, 64, 256, 1024])
+@pytest.mark.parametrize("bucket", [8, 16, 64, 256, 1024])
 def test_rows_past_the_count_on_the_device_are_left_alone_and_spread_no_nan(case: Case, bucket: int) -> None:
     operands = Operands(case, bucket)
     tile = best_tile(bucket, case.outer, case.inner, case.activation is not None, case.wide)

@@ -51,9 +51,11 @@ FORCED = [
 ]
 
 
-def tiles(segments: int) -> list[Tile]:
-    """Those that `best_tile` gives, and more."""
-    given = [best_tile(rows, out, segments) for rows in ROWS for out in (576, 28672)]
+def tiles(packed: PackedQuant) -> list[Tile]:
+    """Those that `best_tile` gives, for a wide weight too, and more."""
+    wide = replace(packed, low=packed.low[:1].expand(28672 // 16, -1, -1))
+    given = [best_tile(rows, weight) for rows in ROWS for weight in (packed, wide)]
+    segments = packed.segments
     given = [
         tile for tile in given if segments == 1 or tile.few or tile.rows >= 64
     ]  # fewer rows take more counts
@@ -92,8 +94,7 @@ def test_a_quantized_product_has_the_bits_of_the_plain_one(kind, shape: tuple[in
     ordered = x if weight.order is None else x[:, weight.order].contiguous()
     launches = [partial(product, x[:n].clone(), packed, bias, False, None, None) for n in ROWS]
     launches += [
-        partial(product, x[:1000], packed, bias, False, None, None, tile=tile)
-        for tile in tiles(packed.segments)
+        partial(product, x[:1000], packed, bias, False, None, None, tile=tile) for tile in tiles(packed)
     ]
     compile_together(launches)
     expected = in_segments(ordered, packed, bias, False)
@@ -130,7 +131,7 @@ def test_a_quantized_gated_pair_has_the_bits_of_the_plain_one(kind, activation: 
     for rows in ROWS:
         found = product(x[:rows].clone(), packed, None, False, activation, None)
         assert torch.equal(found, expected[:rows]), rows
-    for tile in tiles(1):
+    for tile in tiles(packed):
         found = product(x[:300], packed, None, False, activation, None, tile=tile)
         assert torch.equal(found, expected[:300]), tile
 

@@ -34,7 +34,6 @@ from ragate_engine.kernels.triton.quantized import (
     UNPACK_ROWS,
     ZERO,
     PackedQuant,
-    fitting,
     product_unpacked,
     quantized,
     segments_of,
@@ -278,7 +277,7 @@ def _quantized_jobs(
                 gated, bias = leaves[0] == "gate" and not apart, leaves[0] == "q" and model.qkv_bias
                 packed = _stand_in(fake, form, rows, width, gated)
                 for bucket in buckets:
-                    tile = fitting(best_quantized_tile(bucket, rows, packed.segments), packed)
+                    tile = best_quantized_tile(bucket, packed)
                     code = tile if bucket < UNPACK_ROWS else "unpacked"
                     key = (
                         "quantized",

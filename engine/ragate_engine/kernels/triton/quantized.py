@@ -728,28 +728,60 @@ def unpacked(packed: PackedQuant) -> torch.Tensor:
     return w
 
 
-def best_tile(M: int, N: int, segments: int) -> Tile:
-    """The tile for x [M, K] and W [N, K], by measurement on the H200: it never changes a bit."""
-    wide = N > 16384
-    if M <= 16 and segments > 1:  # as many stages as leave all programs on the card at once
-        return Tile(16, 16, 128, segments, 5 if 32 * device.programs() >= N else 4, True)
-    if M <= 16:
-        return Tile(8, 32, 256, 2, 4, True) if M <= 8 else Tile(16, 32, 256, 2, 3, True)
-    if M <= 32 and segments > 1:
-        return Tile(32, 32, 128, segments, 4 if 32 * device.programs() >= N else 3, True)
-    if M <= 32:
-        return Tile(32, 64, 128, 4, 4) if wide else Tile(32, 16, 128, 1, 6, True)
-    if M <= 64:
-        return Tile(64, 128 if wide else 64, 128, 4, 4)
-    if M <= 256 and not wide:
-        return Tile(128, 64, 64, 4, 4) if segments > 1 else Tile(64, 64, 128, 4, 3)
-    if M <= 512:
-        return Tile(256 if M > 128 else 128, 64, 64, 4, 3)
-    return Tile(128, 128, 64, 4, 3)
+def best_tile(M: int, packed: PackedQuant) -> Tile:
+    """The tile for x [M, K] and a weight, by measurement on the H200: it never changes a bit.
+
+    What counts with few rows is that all programs are on the card at once, and then how far ahead they load: of tiles
+    with the stages that they need, the first that has room for them.
+    """
+    cut = packed.segments > 1
+    wide = packed.rows > 192 * device.programs()
+    walk = walk_of(packed.bits, packed.group)
+    step = walk.block * walk.share
+    height = 8 if M <= 8 else 16
+    tiles: tuple[tuple[Tile, int], ...]
+    if M <= 16 and cut:
+        tiles = (
+            (Tile(height, 16, 256, packed.segments, 5, True), 3),
+            (Tile(height, 16, 128, packed.segments, 5, True), 4),
+            (Tile(height, 32, 256, packed.segments, 3, True), 2),
+        )
+    elif M <= 8:
+        wider = Tile(8, 64, 512, 2, 3, True) if packed.bits <= 3 else Tile(8, 32, 256, 2, 4, True)
+        return fitting(wider if wide else Tile(8, 16, 256, 1, 4, True), packed)
+    elif M <= 16 and wide:
+        tiles = (
+            (Tile(16, 64, 256, 2, 4, True), 4),
+            (Tile(16, 64, 128, 2, 6, True), 5),
+            (Tile(16, 32, 256, 2, 3, True), 2),
+        )
+    elif M <= 16:
+        return fitting(Tile(16, 32, 256, 2, 3, True), packed)
+    elif M <= 64:
+        tiles = ((Tile(64, 128 if wide else 64, 128, 4, 4), 2),)
+    elif M <= 256 and not cut and packed.rows <= 64 * device.programs():
+        return fitting(Tile(64, 64, 128, 4, 3), packed)
+    elif M <= 256 and step > 64:
+        return fitting(Tile(128, 64, 128, 4, 3) if step == 128 else Tile(64, 128, 256, 4, 2), packed)
+    elif M <= 256 and cut:
+        return fitting(Tile(128, 64, 64, 4, 4), packed)
+    elif M <= 512:
+        return fitting(Tile(256 if M > 128 else 128, 64, 64, 4, 3), packed)
+    else:
+        return fitting(Tile(128, 128, 64, 4, 3), packed)
+    for tile, stages in tiles:
+        programs = triton.cdiv(M, tile.rows) * triton.cdiv(packed.rows, tile.columns)
+        most = 4
+        if not tile.few:
+            programs, most = programs * packed.segments, 2 if wide else 3
+        found = fitting(tile, packed, min(triton.cdiv(programs, device.programs()), most))
+        if found.stages >= stages:
+            break
+    return found
 
 
-def fitting(tile: Tile, packed: PackedQuant) -> Tile:
-    """`tile` with whole steps of the weight's walk, and as much of it as fits the card's shared memory.
+def fitting(tile: Tile, packed: PackedQuant, together: int = 1) -> Tile:
+    """`tile` with whole steps of the weight's walk, and as much of it as leaves room for so many on a multiprocessor.
 
     None of it changes a bit.
     """
@@ -758,16 +790,20 @@ def fitting(tile: Tile, packed: PackedQuant) -> Tile:
     inner = max(tile.inner, walk.block * walk.share)
     while packed.low.shape[1] * walk.block // packed.segments % inner:
         inner //= 2
-    tile = tile._replace(inner=inner)
-    sets = max(1, inner // max(packed.group, walk.block))
     row = packed.scales.shape[2] * packed.scales.shape[4] * packed.scales.element_size()
-    words = 2 * packed.bits * inner + 32 * row * sets
+    words = 2 * packed.bits * inner + 8 * row * max(1, inner // max(packed.group, walk.block))
+    words *= segments * tile.columns // 16
     while True:
-        stage = segments * (2 * tile.rows * inner + tile.columns // 16 * words)
-        stages = min(tile.stages, (device.shared_memory() - 1024) // stage)
-        if stages >= 2 or tile.rows <= 16:
-            return tile._replace(stages=stages)
-        tile = tile._replace(rows=tile.rows // 2)
+        # each program takes a kilobyte, and x for the tensor cores is held for a step longer than words
+        room = (device.shared_memory() + 1024) // together - 1152
+        rows = 2 * segments * tile.rows * inner
+        stages = (room + words + (rows if tile.few else 0)) // (words + rows)
+        if stages >= 2 or (together == 1 and tile.rows <= 16):
+            return tile._replace(inner=inner, stages=min(tile.stages, stages))
+        if together > 1:
+            together -= 1
+        else:
+            tile = tile._replace(rows=tile.rows // 2)
 
 
 def product(
@@ -793,7 +829,7 @@ def product(
         return product_unpacked(x, unpacked(packed), packed, bias, wide, activation, rows, y)
     low, high = PLANES[packed.bits]
     walk = walk_of(packed.bits, packed.group)
-    tile = fitting(tile or best_tile(M, N, S), packed)
+    tile = fitting(tile, packed) if tile else best_tile(M, packed)
     span = packed.low.shape[1] * walk.block // S
     gelu = activation is not None and activation != "silu"
     tiles_m, tiles_n = triton.cdiv(M, tile.rows), triton.cdiv(N, tile.columns)
