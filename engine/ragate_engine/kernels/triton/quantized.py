@@ -761,7 +761,7 @@ def best_tile(M: int, packed: PackedQuant) -> Tile:
         tiles = ((Tile(64, 128 if wide else 64, 128, 4, 4), 2),)
     elif M <= 256 and not cut and packed.rows <= 64 * device.programs():
         return fitting(Tile(64, 64, 128, 4, 3), packed)
-    elif M <= 256 and step > 64:
+    elif step > 64 and (M <= 512 or packed.bits > 4):
         return fitting(Tile(128, 64, 128, 4, 3) if step == 128 else Tile(64, 128, 256, 4, 2), packed)
     elif M <= 256 and cut:
         return fitting(Tile(128, 64, 64, 4, 4), packed)
