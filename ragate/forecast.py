@@ -115,28 +115,29 @@ def _earlier(path: Path) -> Run | None:
 
 def _records(testset: TestSet, earlier: Run | None, settings: Settings) -> tuple[list[ItemRecord], list[str]]:
     """The items as they would be judged; for a target's answers those of the last run stand in, or the references."""
-    from ragate.run import ItemRecord
-
     before = {record.id: record for record in earlier.items} if earlier else {}
     stored = settings.target == "stored"
-
-    def record_of(item: Item) -> ItemRecord:
-        old = None if stored else before.get(item.id)
-        reference = (item.reference,) if item.reference else ()
-        return ItemRecord(
-            id=item.id,
-            question=item.question,
-            reference=item.reference,
-            answer=(old.answer if old else None) or item.answer or item.reference,
-            contexts=(old.contexts if old else ()) or item.contexts or reference,
-        )
-
     notes = []
     if not stored:
         known = sum(item.id in before for item in testset.items)
         source = "those of the last run" if known else "the test set's, or else the references"
         notes.append(f"{shown(settings.target)} is not asked: answers and contexts are taken to be {source}")
-    return [record_of(item) for item in testset.items], notes
+    records = [record_of(item, None if stored else before.get(item.id)) for item in testset.items]
+    return records, notes
+
+
+def record_of(item: Item, old: ItemRecord | None = None) -> ItemRecord:
+    """The item as it would be judged; where a target is to answer, `old`, the item or its reference stands in."""
+    from ragate.run import ItemRecord
+
+    reference = (item.reference,) if item.reference else ()
+    return ItemRecord(
+        id=item.id,
+        question=item.question,
+        reference=item.reference,
+        answer=(old.answer if old else None) or item.answer or item.reference,
+        contexts=(old.contexts if old else ()) or item.contexts or reference,
+    )
 
 
 def _judge(settings: Settings) -> tuple[Checkpoint | None, str, list[str]]:

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ragate.config import Settings
-    from ragate.run import ItemRecord
     from ragate.suite import Say
-    from ragate.testset import Item
     from ragate_engine import Tokenizer
 
 SEQUENCES = 128
@@ -142,23 +140,10 @@ def _own(documents: Sequence[Sequence[int]]) -> list[int]:
 
 def prompts_for(settings: Settings) -> list[str]:
     """What a judge is asked about the items of the test set by each metric of `settings`."""
-    from ragate.forecast import calls_of
+    from ragate.forecast import calls_of, record_of
     from ragate.testset import load_testset
 
     items = load_testset(settings.testset, limit=settings.limit).items
     wanted = min(ITEMS, len(items))
-    records = [_record(items[i * len(items) // wanted]) for i in range(wanted)]
+    records = [record_of(items[i * len(items) // wanted]) for i in range(wanted)]
     return [prompt for _, prompt in asyncio.run(calls_of(records, settings))]
-
-
-def _record(item: Item) -> ItemRecord:
-    """The item as it would be judged: where a target is to give answer and contexts, the reference stands in."""
-    from ragate.run import ItemRecord
-
-    return ItemRecord(
-        id=item.id,
-        question=item.question,
-        reference=item.reference,
-        answer=item.answer or item.reference,
-        contexts=item.contexts or ((item.reference,) if item.reference else ()),
-    )
