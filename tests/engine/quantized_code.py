@@ -68,6 +68,7 @@ def compiled(bits: int, group: int, kind: int, rows: int, out: int, width: int) 
     )
     options = {"num_warps": tile.warps, "num_stages": 3}
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    weights = tile.columns * tile.inner // (tile.warps if segments == 1 or not tile.few else 1)
     text = made.asm["ttgir"]
     loop = text[text.index("scf.for") :]
     return {
@@ -78,7 +79,16 @@ def compiled(bits: int, group: int, kind: int, rows: int, out: int, width: int) 
         "waits": sorted(set(re.findall(r"pendings = (\d+)", text))),
         "through shared memory": len(re.findall(r"local_store|ttg.local_alloc %", loop[: loop.index("scf.yield")])),
         "shuffles": made.asm["ptx"].count("shfl.sync.bfly"),
+        "instructions": loop_of(made.asm["sass"]) * 4096 // weights,
     }  # fmt: skip
+
+
+def loop_of(machine: str) -> int:
+    """Instructions of the longest loop."""
+    lines = machine.splitlines()
+    labels = {line.removesuffix(":"): i for i, line in enumerate(lines) if line.startswith("LBB")}
+    jumps = [(i, re.search(r"BRA (LBB\d+)", line)) for i, line in enumerate(lines)]
+    return max(i - labels[found[1]] for i, found in jumps if found and labels.get(found[1], i) <= i)
 
 
 if __name__ == "__main__":
