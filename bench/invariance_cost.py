@@ -34,7 +34,7 @@ ROWS = (1, 32, 256, 1024, 8192)
 OURS, CUBLAS = "ours", "cuBLAS"
 TILE_ROWS = (16, 64, 128, 256, 8192)
 ROTATE_BYTES = 300 << 20
-BUCKETS = {1: 16, 32: 64}
+BUCKETS = {1: 8, 32: 64}
 """Rows are padded to these."""
 
 

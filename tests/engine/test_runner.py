@@ -181,10 +181,10 @@ def test_buckets_grow_to_the_step_size_and_no_further() -> None:
     pytest.importorskip("triton")
     from ragate_engine.card import buckets_of
 
-    assert buckets_of(16) == [16]
-    assert buckets_of(64) == [16, 64]
-    assert buckets_of(65) == [16, 64, 128]
-    assert buckets_of(8192) == [16, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
+    assert buckets_of(8) == [8]
+    assert buckets_of(64) == [8, 16, 64]
+    assert buckets_of(65) == [8, 16, 64, 128]
+    assert buckets_of(8192) == [8, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
     assert buckets_of(50_000)[-2:] == [32768, 50_000]
 
 

@@ -318,8 +318,6 @@ def run_ptx(
             found = a ^ others[0]
         elif operation == "and.b32":
             found = a & others[0]
-        elif operation == "or.b32":
-            found = a | others[0]
         elif operation == "lop3.b32":
             assert others[2] == 0xEA  # (a & b) | c, from the table 0xf0, 0xcc, 0xaa
             found = a & others[0] | others[1]
@@ -329,7 +327,6 @@ def run_ptx(
             x, y = halves(a), halves(others[0])
             results = {
                 "sub.rn.bf16x2": lambda x=x, y=y: x - y,
-                "add.rn.bf16x2": lambda x=x, y=y: x + y,
                 "mul.rn.bf16x2": lambda x=x, y=y: x * y,
                 "fma.rn.bf16x2": lambda x=x, y=y, z=others[-1]: x * y + halves(z),
             }[operation]()
@@ -349,7 +346,7 @@ def test_the_instructions_unpack_every_code_in_every_place(bits: int, kind: int,
     rounded = torch.tensor(scale).bfloat16().double().item()
     codes = range(1 << bits)
     for plane, share, run in product_of(
-        range(16 // low), range(low // high if high else 1), {1, run_of(bits, 16)}
+        range(16 // low), range(low // high if high else 1), {1, run_of(bits, 16 // low)}
     ):
         place = plane % run * low
         right = plane * low - place

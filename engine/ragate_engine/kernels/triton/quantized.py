@@ -10,7 +10,7 @@ group's scale makes up for their place as well. What the largest scale leaves no
 Bits: one chain of 16-wide products along K, as in the plain product, whose bits these are. A weight that is narrow and
 long has too few rows to keep the card busy: its K is cut into SEGMENTS, of one chain each, that are added in their
 order. What cuts it is its shape, never the number of rows of x:
-- up to 16 rows, or 32 (`_few`): bound by unpacking. Rows of W have a warp of their own, or one for each segment;
+- up to 16 rows (`_few`): bound by unpacking. Rows of W have a warp of their own, or one for each segment;
 - up to 2,047 (`_many`): programs of a tile and a segment, whose weights go from registers to the tensor cores;
 - more: the weights are unpacked first (`unpacked`), for so many rows the cheapest, and the plain product's kernel, or
   `_summed` where there are segments, does the rest.
@@ -100,10 +100,12 @@ UNPACK_ROWS = 2048
 """From so many rows on the weights are unpacked first."""
 
 
-def run_of(bits: int, group: int) -> int:
-    """How many planes of a block one shift unpacks: codes that fit in 8 bits side by side, with scales of their own."""
+@triton.constexpr_function
+def run_of(bits, groups):
+    """How many planes of a block with so many groups one shift unpacks: codes that fit in 8 bits side by side, each
+    plane with scales of its own."""
     low, _ = PLANES[bits]
-    return (8 - bits) // low + 1 if group == 16 else 1
+    return (8 - bits) // low + 1 if groups == 16 // low else 1
 
 
 class Walk(NamedTuple):
@@ -195,12 +197,12 @@ def _pack(weights: list[QuantTensor], gated: bool) -> PackedQuant:
         highs = _words([above[:, :, :, :, i] << i * high for i in range(16 // high)])
     sets = -(-codes.shape[1] // max(group, walk.block))
     scales = scales.bfloat16()
-    power = max(0, math.frexp(float(scales.abs().max()))[1] + LEAST - 128)
+    power = min(max(0, math.frexp(float(scales.abs().max()))[1] + LEAST - 128), 127)
     factors = _factors(bits, group, power, scales.shape[1], codes.device)
     parts = [(scales * factors).bfloat16()]
     if beside is not None:
         parts.append(
-            (beside.bfloat16() * (1 / factors / 2**power if kind == ZERO else 2.0**-power)).bfloat16()
+            (beside.bfloat16() * (1 / factors / 2.0**power if kind == ZERO else 2.0**-power)).bfloat16()
         )
     pairs = torch.stack([_pairs(part, sets, walk.groups) for part in parts], dim=4).flatten(3)
     done = None
@@ -217,7 +219,8 @@ def _pack(weights: list[QuantTensor], gated: bool) -> PackedQuant:
 def _factors(bits: int, group: int, power: int, groups: int, device: torch.device) -> torch.Tensor:
     """What a row's scales are stored with, by where their codes stand: float64 [groups]."""
     low, _ = PLANES[bits]
-    places = [i % (16 // low) % run_of(bits, group) * low for i in range(groups)]
+    run = run_of(bits, walk_of(bits, group).groups)
+    places = [i % (16 // low) % run * low for i in range(groups)]
     return torch.tensor([2.0 ** (LEAST - power - at) for at in places], dtype=torch.float64, device=device)
 
 
@@ -338,7 +341,7 @@ def _scales(
             scale, beside = _chosen(scale, beside, one, i, GROUPS, KIND)
             scale, beside = _chosen(scale, beside, other, i + 1, GROUPS, KIND)
     if KIND == 0 and ASM > 0:  # the scale by -zero, which is a code at its place
-        RUN: tl.constexpr = (8 - BITS) // LOW + 1 if GROUPS == 16 // LOW else 1
+        RUN: tl.constexpr = run_of(BITS, GROUPS)
         place = tl.arange(0, GROUPS).reshape(1, 1, GROUPS, 1, 1, 1, 1) % RUN * LOW
         zero = 0x8000 | (1 << BITS - 1) << place
         beside = tl.inline_asm_elementwise(
@@ -391,7 +394,7 @@ def _weights(
     float32: the interpreter neither rounds to bfloat16 nor multiplies it."""
     P: tl.constexpr = 16 // LOW
     shape: tl.constexpr = [T * 8, 4, GROUPS, P // GROUPS, 2, 2, 2]
-    RUN: tl.constexpr = (8 - BITS) // LOW + 1 if GROUPS == P else 1
+    RUN: tl.constexpr = run_of(BITS, GROUPS)
     plane = tl.arange(0, P).reshape(1, 1, GROUPS, P // GROUPS, 1, 1, 1)
     place = plane % RUN * LOW
     right = plane * LOW - place
@@ -670,7 +673,7 @@ def _summed(
 def _dense(
     low, high, scales, post, w, N, K, columns, BN: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, KIND: tl.constexpr, BLOCKS: tl.constexpr,
-    GATED: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, RAISED: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The weights themselves, bfloat16 [N, K]: BN rows and a step of columns a program."""
     B: tl.constexpr = 256 // LOW
@@ -709,8 +712,10 @@ def _dense(
             scale, beside = _scales(scale_at + set_at * (8 * WORDS), T, LOW, GROUPS, KIND, BITS, ASM)
         part = _weights(words, above, scale, beside, T, i % Q * HIGH, LOW, HIGH, GROUPS, KIND, BITS, ASM)
         column = (b + i) * B + tl.arange(0, B)
-        weights = (part.reshape(BN, B).to(tl.float32) * post).to(tl.bfloat16)
-        tl.store(at + column[None, :], weights, inside & (column < K)[None, :])
+        part = part.reshape(BN, B)
+        if RAISED:
+            part = part.to(tl.float32) * post
+        tl.store(at + column[None, :], part.to(tl.bfloat16), inside & (column < K)[None, :])
 
 
 def unpacked(packed: PackedQuant) -> torch.Tensor:
@@ -723,7 +728,7 @@ def unpacked(packed: PackedQuant) -> torch.Tensor:
     _dense[(columns // walk.step, triton.cdiv(N, 64))](
         packed.low, packed.low if packed.high is None else packed.high, packed.scales, 2.0**packed.power, w, N, K,
         columns, 64, low, high, packed.bits, packed.group, walk.groups, packed.kind, walk.step // walk.block,
-        packed.gated, device.ASM, device.PDL, num_warps=4, **device.launch(),
+        packed.gated, packed.power > 0, device.ASM, device.PDL, num_warps=4, **device.launch(),
     )  # fmt: skip
     return w
 
@@ -781,7 +786,8 @@ def best_tile(M: int, packed: PackedQuant) -> Tile:
 
 
 def fitting(tile: Tile, packed: PackedQuant, together: int = 1) -> Tile:
-    """`tile` with whole steps of the weight's walk, and as much of it as leaves room for so many on a multiprocessor.
+    """`tile` with whole steps of the weight's walk, and as much of it as leaves room for so many on a multiprocessor,
+    or for fewer where that would leave none of a pipeline.
 
     None of it changes a bit.
     """
