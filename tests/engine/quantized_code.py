@@ -7,36 +7,30 @@ import json
 import re
 import sys
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ragate_engine.quant.tensor import Form
+
 kernels = importlib.import_module("ragate_engine.kernels.triton.quantized")
+ahead = importlib.import_module("ragate_engine.kernels.triton.ahead")
 kernels.device.shared_memory = lambda: 232_448  # type: ignore[attr-defined]
 kernels.device.programs = lambda: 132  # type: ignore[attr-defined]
 
 
 def compiled(bits: int, group: int, kind: int, rows: int, out: int, width: int) -> dict[str, object]:
     """What became of the product of `rows` rows with a weight [out, width]."""
-    import torch
-
     low, high = kernels.PLANES[bits]
     walk = kernels.walk_of(bits, group)
-    segments = kernels.segments_of(out, width)
-    blocks = -(-width // (segments * walk.step)) * segments * walk.step // walk.block
-    double = kind > 0 or walk.groups > 1
-    words = walk.groups // (2 if kind == 0 and walk.groups > 1 else 1)
-    scales = torch.empty(1, 1, -(-words // 2), 8, min(words, 2), dtype=torch.int64 if double else torch.int32)
-    packed = kernels.PackedQuant(
-        torch.empty(1, 1, 1).expand(out // 16, blocks, 256),
-        None,
-        scales,
-        bits,
-        group,
-        kind,
-        width,
-        segments=segments,
-    )
+
+    def fake(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.empty(1, dtype=dtype).expand(shape)
+
+    packed = ahead._stand_in(fake, Form(1, bits, group, kind > 0), out, width, False)
+    assert packed.kind == kind
+    segments = packed.segments
     tile = kernels.best_tile(rows, packed)
     fixed = {
         "BM": tile.rows, "BN": tile.columns, "S": segments, "BLOCKS": tile.inner // walk.block, "LOW": low,
@@ -53,7 +47,7 @@ def compiled(bits: int, group: int, kind: int, rows: int, out: int, width: int) 
         "high": "*i16",
         "post": "fp32",
     }
-    types["scales"] = "*i64" if double else "*i32"
+    types["scales"] = "*i64" if packed.scales.dtype == torch.int64 else "*i32"
     types["x"] = "*bf16" if tile.few else f"tensordesc<bf16[{tile.rows},{walk.block}]>"
     function = kernels._few if tile.few else kernels._many
     names = function.arg_names
